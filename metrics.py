@@ -1,5 +1,7 @@
 """Numbers about predictions. `slot_f1` is over spans, as conlleval counts them."""
 
+from itertools import pairwise
+
 import numpy as np
 
 
@@ -48,10 +50,13 @@ def evaluate(split, labels, word_tags, tag_names):
     wrong_words = np.add.reduceat(gold != word_tags, offsets[:-1])  # every utterance has at least one word
     frames = (gold_labels == labels) & (wrong_words == 0)
     names = [*tag_names, "O"]  # LOST is -1, the last: as a span boundary it reads as O
-    cut = lambda ids: [[names[t] for t in ids[a:b]] for a, b in zip(offsets, offsets[1:])]  # noqa: E731
+
+    def utterances(ids):
+        return [[names[tag] for tag in ids[a:b]] for a, b in pairwise(offsets)]
+
     return {
         "intent_acc": 100 * accuracy(gold_labels, labels),
-        "slot_f1": 100 * span_f1(cut(gold), cut(word_tags)),
+        "slot_f1": 100 * span_f1(utterances(gold), utterances(word_tags)),
         "frame_acc": 100 * float(np.mean(frames)),
         "slot_token_acc": 100 * accuracy(gold, word_tags),
     }

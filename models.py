@@ -54,6 +54,11 @@ def load_tokenizer(name):
     return tokenizer
 
 
+def max_tokens(encoder, tokenizer):
+    """Longest input of an encoder, special tokens included."""
+    return min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", np.inf))
+
+
 class NLUModel(nn.Module):
     """Encoder → dropout, dense, tanh, dropout, linear on the first token; dropout, linear on every token for slots.
 
@@ -82,6 +87,10 @@ class NLUModel(nn.Module):
         torch.manual_seed(seed)
         # The dtype is said because a checkpoint in half precision would otherwise be trained in it.
         encoder = pretrained(AutoModel, name, dtype=torch.float32)
+        longest, limit = max(s.lengths.max() for s in (data.train, data.dev, data.test)), max_tokens(encoder, tokenizer)
+        if longest > limit:
+            raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has one of {longest}; "
+                             f"--max-length {limit} cuts them off")
         return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], bf16)
 
     def forward(self, batch):
@@ -95,34 +104,40 @@ class NLUModel(nn.Module):
         return logits, tag_logits
 
     def predict(self, texts, batch_size=256):
-        """texts: utterances, as strings. Returns a list of (label, [(word, tag), …]), without tags (label, [])."""
-        texts = [text.split() if self.tags else text for text in texts]
-        examples = Examples(texts, [0] * len(texts), [["O"] * len(words) for words in texts] if self.tags else None)
-        split = encode(examples, self.tokenizer, self.encoder.config.max_position_embeddings, {0: 0}, {"O": 0})
+        """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
+        an empty list where there are no slots; a word that the tokenizer drops is "O"."""
+        if self.tags:
+            texts = [text.split() for text in texts]
+        unknown = [["O"] * len(words) for words in texts] if self.tags else None
+        examples = Examples(texts, ["?"] * len(texts), unknown)
+        split = encode(examples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {"?": 0}, {"O": 0})
         labels, tags = predict(self, split, batch_size)
-        tags = iter(tags)
-        words = [[(word, self.tags[next(tags)]) for word in text] if self.tags else [] for text in texts]
-        return [(self.labels[label], tagged) for label, tagged in zip(labels, words)]
+        if not self.tags:
+            return [(self.labels[label], []) for label in labels]
+        names = iter((*self.tags, "O")[tag] for tag in tags)  # LOST is -1, the last
+        return [(self.labels[label], [(word, next(names)) for word in words]) for label, words in zip(labels, texts)]
 
     def save(self, folder):
-        """Write encoder and tokenizer in Hugging Face's layout (so the folder works as --model), and our heads beside."""
+        """Write encoder and tokenizer in Hugging Face's layout, so that the folder works as --model, and our heads."""
         restore_vocabulary(self)
         self.encoder.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         heads = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
         save_file(heads, Path(folder) / "heads.safetensors")
-        Path(folder, "labels.json").write_text(json.dumps({"labels": self.labels, "tags": list(self.tags)}, indent=1))
+        names = {"labels": self.labels, "tags": self.tags}
+        Path(folder, "labels.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder):
-        """The model that `save` wrote, in evaluation mode on the CPU. ModelError where the folder is not one of ours."""
+        """The model that `save` wrote, in evaluation mode on the CPU. ModelError where the folder is none of ours."""
         encoder, tokenizer = pretrained(AutoModel, folder, dtype=torch.float32), load_tokenizer(folder)
         try:
-            names = json.loads(Path(folder, "labels.json").read_text())
+            names = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))
             model = cls(encoder, tokenizer, names["labels"], names["tags"])
             model.load_state_dict(load_file(Path(folder, "heads.safetensors")), strict=False)
         except Exception as error:
-            raise ModelError(f"{folder}: not a model folder that train.py wrote ({' '.join(str(error).split())[:200]})") from None
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"{folder}: not a model folder that train.py wrote ({reason})") from None
         return model.eval()
 
 
@@ -172,7 +187,7 @@ class EmbeddingRows(nn.Module):
 
     def __init__(self, table, used):
         super().__init__()
-        self.table, self.used = [table], used  # in a list: the table is no submodule, so it is neither trained nor saved
+        self.table, self.used = [table], used  # in a list, the table is no submodule: not trained, not moved
         row = torch.zeros(table.num_embeddings, dtype=torch.long)
         row[used] = torch.arange(len(used))
         self.register_buffer("row", row)

@@ -37,14 +37,14 @@ def squared_error(logits, gold):
 SCORES = {"el2n": el2n, "loss": losses}
 
 
-def score(model, split, method, batch_size=256):
-    """Score every example of `split` with the current model, dropout off. Returns (N,) float32 in dataset order."""
+def score(model, split, method, rng, batch_size=256):
+    """Score every example of `split` with the current model, dropout off. Returns (N,) float32 in dataset order.
+
+    method: a key of SCORES, or "random": scores that know nothing, drawn from the numpy generator `rng`.
+    """
+    if method == "random":
+        return rng.random(len(split), dtype=np.float32)
     scores = torch.empty(len(split), device=split.tokens.device)
     for batch, outputs in infer(model, split, batch_size):
         scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)
     return scores.cpu().numpy()
-
-
-def random_scores(n, rng):
-    """Scores that know nothing, so that random selection goes through the same door. Returns (n,) float32."""
-    return rng.random(n, dtype=np.float32)

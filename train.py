@@ -8,27 +8,24 @@ on those. Read `train()` first: it is the whole method in one loop.
 
 import time
 
-START = time.perf_counter()  # before the slow imports, so that they are in the load time
+START = time.perf_counter()  # before the slow imports, so that they count as loading
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import platform  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from tqdm import tqdm
 
-from data import DATASETS, DataError, batches, load  # noqa: E402
-from metrics import evaluate  # noqa: E402
-from models import (ModelError, NLUModel, default_model, limit_vocabulary, load_tokenizer, losses,  # noqa: E402
-                    predict)
-from pruning import Schedule, Smoother, kept_size, select  # noqa: E402
-from scoring import SCORES, random_scores, score  # noqa: E402
+from data import DATASETS, DataError, batches, load
+from metrics import evaluate
+from models import ModelError, NLUModel, default_model, limit_vocabulary, load_tokenizer, losses, predict
+from pruning import Schedule, Smoother, kept_size, select
+from report import environment, metrics_line, summary
+from scoring import SCORES, score
 
 
 class RunError(RuntimeError):
@@ -36,66 +33,61 @@ class RunError(RuntimeError):
 
 
 def train(model, data, schedule, args, clock, folder):
-    """Fine-tune `model` in place. Writes epochs.jsonl and rounds.npz to `folder`; returns its lines, a list of dicts."""
+    """Fine-tune `model` in place and log every epoch to `folder`. Returns the log, a list of dicts."""
     n, lengths = len(data.train), data.train.lengths
     trainset, devset = data.train.to(args.device), data.dev.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    smooth = Smoother(args.ema, args.std_weight) if args.method != "random" else Smoother(1, 0)
     steps = sum(-(-size // args.batch_size) for size in schedule.sizes(n))
-    smooth = Smoother(args.ema, args.std_weight)
-    kept, step, epochs, rounds = np.arange(n), 0, [], []
+    step, kept, rounds, log = 0, np.arange(n), [], []
 
     for epoch in range(args.epochs):
-        # All chance comes from (seed, epoch): no epoch depends on how many random numbers another one drew.
+        # All chance comes from (seed, epoch): no epoch depends on how many numbers an earlier one drew.
         rng = np.random.default_rng([args.seed, epoch])
         torch.manual_seed(int(rng.integers(2**63)))
 
         if schedule.prunes_at(epoch):
-            if args.method == "random":
-                importance = random_scores(n, rng)
-            else:
-                with clock("score"):
-                    scores = score(model, trainset, args.method)
-                with clock("select"):
-                    importance = smooth(scores)
+            with clock("score"):
+                scores = score(model, trainset, args.method, rng)
             with clock("select"):
+                importance = smooth(scores)
                 kept = select(importance, args.keep, args.offset)
-            rounds.append((epoch, importance, kept))
+            rounds.append({"epoch": epoch, "scores": scores, "importance": importance, "keep": np.isin(range(n), kept)})
+            save_rounds(folder, rounds)
 
         model.train()
-        total_loss = torch.zeros((), device=args.device)
-        with clock("train"), tqdm(total=len(kept), unit="ex", desc=f"epoch {epoch + 1}/{args.epochs}, {len(kept)} of {n}",
-                                  leave=False, disable=None) as bar:
+        loss_sum = torch.zeros((), device=args.device)
+        with clock("train"), progress(epoch, args.epochs, len(kept), n) as bar:
             for indices in batches(lengths, kept, args.batch_size, rng):
-                batch = trainset.batch(indices)
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * (1 - step / steps if args.schedule == "linear" else 1)
+                batch = trainset.batch(indices)
                 loss = losses(model(batch), batch).mean()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-                total_loss += loss.detach() * len(indices)
-                if bar.update(len(indices)):  # only when the bar is drawn: reading the loss waits for the device
+                loss_sum += loss.detach() * len(indices)
+                if bar.update(len(indices)):  # only when it was redrawn: reading the loss waits for the device
                     bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            mean_loss = total_loss.item() / len(kept)
+            mean_loss = loss_sum.item() / len(kept)
         if not np.isfinite(mean_loss):
-            raise RunError(f"the loss is {mean_loss} in epoch {epoch + 1}; a lower --lr (now {args.lr:g}) or "
-                           "--precision fp32 may help")
+            raise RunError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr, or --precision fp32")
 
         with clock("evaluate"):
             dev = evaluate(data.dev, *predict(model, devset), data.tags)
-        epochs.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
-                       "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
-        log_epoch(folder, epochs[-1], rounds, args, n)
-    return epochs
+        log.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
+                    "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
+        log_epoch(folder, log[-1], args.epochs, n)
+    return log
 
 
 class Clock:
-    """Seconds by named phase: `with clock("train"): …`. Waits for the device, so that work is billed where it was asked for."""
+    """Seconds by phase: `with clock("train"): …`. Waits for the device, so that work is billed to its phase."""
 
     def __init__(self, device):
-        self.seconds, self.device, self.last = {}, torch.device(device), {}
+        self.device, self.seconds, self.laps = torch.device(device), {}, {}
 
     def now(self):
         if self.device.type != "cpu":
@@ -109,210 +101,187 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
 
     def lap(self):
-        """Seconds by phase since the last lap."""
-        lap = {phase: round(s - self.last.get(phase, 0.0), 4) for phase, s in self.seconds.items()}
-        self.last = dict(self.seconds)
-        return {phase: s for phase, s in lap.items() if s}
+        """Seconds by phase since the last lap, without the phases that had none."""
+        lap = {phase: round(s - self.laps.get(phase, 0.0), 4) for phase, s in self.seconds.items()}
+        self.laps = dict(self.seconds)
+        return {phase: s for phase, s in lap.items() if s > 0}
 
 
-def log_epoch(folder, line, rounds, args, n):
-    """One line to epochs.jsonl and to the screen; scores and keep-masks so far to rounds.npz."""
-    with open(folder / "epochs.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-    if rounds and rounds[-1][0] + 1 == line["epoch"]:
-        masks = np.zeros((len(rounds), n), dtype=bool)
-        for mask, (_, _, kept) in zip(masks, rounds):
-            mask[kept] = True
-        np.savez_compressed(folder / "rounds.npz", epoch=np.array([r[0] + 1 for r in rounds]),
-                            scores=np.stack([r[1] for r in rounds]).astype(np.float32), keep=masks)
-    print(f"epoch {line['epoch']:>2}/{args.epochs}  kept {line['kept']}/{n}  loss {line['loss']:.4f}  dev "
-          + "  ".join(f"{name} {value:.2f}" for name, value in line["dev"].items())
-          + "  |  " + "  ".join(f"{phase} {s:.1f} s" for phase, s in line["seconds"].items()), flush=True)
+def progress(epoch, epochs, kept, n):
+    """A bar that counts examples; none where standard error is no terminal."""
+    return tqdm(total=kept, unit="ex", desc=f"epoch {epoch + 1}/{epochs}, {kept} of {n}", leave=False, disable=None)
+
+
+def log_epoch(folder, line, epochs, n):
+    """One line to epochs.jsonl, and one to the screen."""
+    append_line(folder / "epochs.jsonl", line)
+    seconds = "  ".join(f"{phase} {s:.1f} s" for phase, s in line["seconds"].items())
+    print(f"epoch {line['epoch']:>2}/{epochs}  kept {line['kept']}/{n}  loss {line['loss']:.4f}  "
+          f"dev {metrics_line(line['dev'])}  |  {seconds}", flush=True)
+
+
+def save_rounds(folder, rounds):
+    """rounds.npz: epoch (R,), counted from 1 like the log's; scores, importance (smoothed) and keep (R, N)."""
+    columns = {name: np.stack([r[name] for r in rounds]) for name in rounds[0]}
+    np.savez_compressed(folder / "rounds.npz", **{**columns, "epoch": columns["epoch"] + 1})
+
+
+def append_line(path, fields):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(fields) + "\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers bad flags with one line; argparse would print the whole usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def parse(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):  # one line: argparse would print the whole usage first
-            self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
+    """Flags to a namespace, checked. Exits with status 2 and one line where a value makes no sense."""
     p = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--dataset", default="demo", metavar="NAME", help=f"one of: {', '.join(DATASETS)} (demo)")
     add("--data-dir", metavar="DIR", help="folder of the raw datasets ($DATA_DIR, or data/raw)")
-    add("--model", default=None, metavar="ID", help="Hugging Face hub id or local folder (the embedded all-MiniLM-L6-v2)")
-    add("--method", default="el2n", choices=["full", "random", *SCORES], help="score that decides what is kept; full keeps all (el2n)")
+    add("--model", metavar="ID", help="Hugging Face hub id or local folder (the embedded all-MiniLM-L6-v2)")
+    add("--method", default="el2n", choices=["full", "random", *SCORES],
+        help="the score that decides what is kept: %(choices)s; full keeps everything (el2n)")
     add("--keep", type=float, default=0.5, metavar="k", help="k = 1 - ρ: share of train examples kept, in (0, 1] (0.5)")
-    add("--epochs", type=int, default=10, metavar="E", help="E: number of epochs (10)")
+    add("--epochs", type=int, default=10, metavar="E", help="E: epochs in all (10)")
     add("--full-epochs", type=int, default=2, metavar="τ", help="τ: epochs on everything before the first scoring (2)")
     add("--cycle", type=int, default=2, metavar="T", help="T: epochs from one scoring to the next (2)")
-    add("--ema", type=float, default=0.8, metavar="α", help="α: weight of the newest score in the moving average, (0, 1] (0.8)")
-    add("--std-weight", type=float, default=1.0, metavar="c", help="c: weight of the scores' standard deviation over rounds (1)")
+    add("--ema", type=float, default=0.8, metavar="α",
+        help="α: weight of the newest score in the moving average over rounds, in (0, 1]; 1 is no smoothing (0.8)")
+    add("--std-weight", type=float, default=1.0, metavar="c", help="c: weight of the scores' deviation over rounds (1)")
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
     add("--lr", type=float, default=2e-4, help="learning rate at the start (2e-4)")
-    add("--schedule", default="linear", choices=["linear", "constant"], help="of the learning rate: linear decay to 0, or constant (linear)")
-    add("--clip", type=float, default=1.0, metavar="NORM", help="largest norm of the gradient of the mean loss (1)")
+    add("--schedule", default="linear", choices=["linear", "constant"],
+        help="learning rate: linear decay to 0, or constant (linear)")
+    add("--clip", type=float, default=1.0, metavar="NORM", help="largest norm of the mean loss's gradient (1)")
     add("--batch-size", type=int, default=32, metavar="B", help="examples a training step (32)")
     add("--max-length", type=int, default=256, metavar="TOKENS", help="longer examples are cut off (256)")
     add("--max-train", type=int, metavar="N", help="only the first N train examples, for quick tries (all)")
     add("--seed", type=int, default=0, help="of heads, dropout, batches and random selection (0)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the matrix products; auto: bf16 where the hardware has it (auto)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (auto)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
+        help="of the model's passes; auto is bf16 where the hardware has instructions for it (auto)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one (auto)")
     add("--out", default="runs", metavar="DIR", help="where run folders and results.jsonl go (runs)")
-    add("--no-model", action="store_true", help="do not write the fine-tuned model to the run folder")
+    add("--no-model", action="store_true", help="do not keep the fine-tuned model (90 MB with the default --model)")
     args = p.parse_args(argv)
 
-    def check(ok, message):
+    def check(flag, ok, right):
         if not ok:
-            p.error(message)
+            p.error(f"--{flag} {getattr(args, flag.replace('-', '_'))}: must be {right}")
 
-    check(args.dataset in DATASETS, f"--dataset {args.dataset}: unknown; choose from {', '.join(DATASETS)}")
-    check(0 < args.keep <= 1, f"--keep {args.keep:g}: the share of examples kept must be above 0 and at most 1")
-    for name in ("epochs", "full_epochs", "cycle", "batch_size"):
-        check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.method == "full":
-        args.keep = 1.0
-    check(args.keep == 1 or args.full_epochs < args.epochs,
-          f"--full-epochs {args.full_epochs}: leaves none of the {args.epochs} epochs to prune; τ must be below E")
-    check(0 <= args.offset < 1 and args.offset + args.keep <= 1 + 1e-9 or args.keep == 1 and args.offset == 0,
-          f"--offset {args.offset:g}: must be at least 0, and at most 1 - keep = {1 - args.keep:g}")
-    check(0 < args.ema <= 1, f"--ema {args.ema:g}: must be above 0 and at most 1")
-    check(0 <= args.std_weight < np.inf, f"--std-weight {args.std_weight:g}: must be a number, at least 0")
-    check(0 < args.lr < np.inf, f"--lr {args.lr:g}: must be a number above 0")
-    check(args.clip > 0, f"--clip {args.clip:g}: must be above 0")
-    check(args.max_length >= 3, f"--max-length {args.max_length}: must be at least 3")
-    check(args.max_train is None or args.max_train >= 1, f"--max-train {args.max_train}: must be at least 1")
-    check(args.seed >= 0, f"--seed {args.seed}: must be at least 0")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check("dataset", args.dataset in DATASETS, f"one of {', '.join(DATASETS)}")
+    check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
+    for flag in ("epochs", "full-epochs", "cycle", "batch-size"):
+        check(flag, getattr(args, flag.replace("-", "_")) >= 1, "at least 1")
+    check("max-train", args.max_train is None or args.max_train >= 1, "at least 1")
+    check("ema", 0 < args.ema <= 1, "above 0 and at most 1")
+    check("std-weight", 0 <= args.std_weight < np.inf, "a number, 0 or more")
+    check("lr", 0 < args.lr < np.inf, "a number above 0")
+    check("clip", args.clip > 0, "above 0")
+    check("seed", 0 <= args.seed < 2**63, "0 or more")
+    args.keep = 1.0 if args.method == "full" else args.keep
+    check("full-epochs", args.keep == 1 or args.full_epochs < args.epochs,
+          f"below --epochs {args.epochs}, or nothing is ever pruned")
+    check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
+    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=args.device)
-    except Exception as error:
-        p.error(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})")
+    except Exception as error:  # RuntimeError, AssertionError and others, by backend
+        p.error(f"--device {args.device}: not to be had here: {str(error).splitlines()[0]}")
+    args.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16(args.device) else "fp32"
     args.model = args.model or default_model()
-    args.precision = best_precision(args.device) if args.precision == "auto" else args.precision
     return args
 
 
-def best_precision(device):
-    """bf16 on GPUs and on CPUs with bf16 instructions (AVX512-BF16 or AMX); elsewhere it is emulated, and slower."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if kind == "cpu" else ()
-    return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "fp32"
+def has_bf16(device):
+    """Whether bf16 is in the hardware (on a CPU: AVX512-BF16 or AMX); where it is emulated, it is slower than fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent from some PyTorch versions
+    return torch.device(device).type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def open_folder(args):
-    """A new folder for this run under --out; RunError where nothing can be written there."""
+def new_folder(args):
+    """A new folder for this run under --out. RunError where one cannot be made or results.jsonl not written."""
+    out = Path(args.out)
     name = f"{args.dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):  # runs of the same second
-        folder = Path(args.out) / (name + suffix)
-        try:
-            folder.mkdir(parents=True)
-            open(Path(args.out) / "results.jsonl", "a").close()
-            return folder
-        except FileExistsError:
-            if not Path(args.out).is_dir():
-                raise RunError(f"--out {args.out}: is a file; a folder was expected") from None
-        except OSError as error:
-            raise RunError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-    raise RunError(f"--out {args.out}: too many runs named {name}")
-
-
-def environment(device):
-    """What a reader needs to judge a timing: code version, package versions, machine."""
-
-    def git(*command):
-        result = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
-
     try:
-        processor = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor()
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except OSError:
-        commit = dirty = None  # no git on this machine
-    return {"git": commit, "dirty": dirty, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "numpy": np.__version__, "cpu": processor, "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device}
+        out.mkdir(parents=True, exist_ok=True)
+        open(out / "results.jsonl", "a").close()
+        for suffix in ["", *(f"-{i}" for i in range(2, 100))]:  # runs of the same second
+            if not (out / (name + suffix)).exists():
+                (out / (name + suffix)).mkdir()
+                return out / (name + suffix)
+    except OSError as error:
+        raise RunError(f"--out {out}: {error.strerror} ({error.filename}); name a folder that can be written") from None
+    raise RunError(f"--out {out}: too many runs named {name}")
 
 
-def summary(row):
-    """What a person wants to know at the end, from a row of results.jsonl."""
-    args, seconds = row["args"], row["seconds"]
-    total = seconds["total"]
-    lines = ["", f"{args['dataset']}, {args['method']}, {args['keep']:.0%} kept, seed {args['seed']}, {args['precision']} on {row['environment']['device']}"]
-    for split in ("test", "dev"):
-        lines.append(f"{split:<9}" + "  ".join(f"{name} {value:.2f}" for name, value in row[split].items()))
-    lines.append(f"time     {total:.1f} s = train {seconds['train']:.1f} + score {seconds.get('score', 0):.1f} + select "
-                 f"{seconds.get('select', 0):.2f};  not in it: load {seconds['load']:.1f}, evaluate {seconds['evaluate']:.1f}")
-    lines.append(f"seen     {row['examples_seen']:,} of {row['examples_full']:,} examples ({row['examples_seen'] / row['examples_full']:.1%}), "
-                 f"{row['tokens_seen'] / row['tokens_full']:.1%} of the tokens, in {row['steps']:,} steps")
-    if row["rounds"]:
-        lines.append(f"saved    {1 - total / row['full_seconds']:.1%} of the {row['full_seconds']:.1f} s that {args['epochs']} epochs on everything take at "
-                     f"the pace of this run's full ones; the cost model says {1 - row['model_time']:.1%} with {row['rounds']} scoring "
-                     f"passes of {row['scoring_cost']:.2f} epochs each")
-    return "\n".join(lines)
-
-
-def run(args):
-    """Load, train, evaluate, record. Returns the row that it appended to results.jsonl."""
+def run(args, start=None):
+    """Load, train, evaluate, save, record. start: perf_counter() from which loading counts (now). Returns the row that
+    was appended to results.jsonl."""
     clock = Clock(args.device)
-    clock.seconds["load"] = time.perf_counter() - START if __name__ == "__main__" else 0.0
+    clock.seconds["load"] = time.perf_counter() - start if start else 0.0
     with clock("load"):
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)
         n = len(data.train)
-        if kept_size(n, args.keep) < args.batch_size:
-            raise RunError(f"--keep {args.keep:g} of {n} examples is {kept_size(n, args.keep)}, fewer than one batch of {args.batch_size}; "
-                           "keep more, or lower --batch-size")
+        size = kept_size(n, args.keep)
+        if size < args.batch_size:
+            raise RunError(f"--keep {args.keep:g}: that is {size} of {n} train examples, less than one batch of "
+                           f"{args.batch_size}; keep more, or lower --batch-size")
         model = NLUModel.build(args.model, tokenizer, data, args.seed, bf16=args.precision == "bf16")
         limit_vocabulary(model, data)
         model.to(args.device)
-    schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
-    folder = open_folder(args)
+    folder = new_folder(args)
     facts = {"folder": str(folder), "args": vars(args), "environment": environment(args.device)}
     (folder / "config.json").write_text(json.dumps(facts, indent=1))
-    print(f"{args.dataset}: {n} train, {len(data.dev)} dev, {len(data.test)} test examples; {data.n_labels} labels, {data.n_tags} tags; "
-          f"{args.precision} on {facts['environment']['device']}; to {folder}/", flush=True)
+    print(f"{args.dataset}: {n} train, {len(data.dev)} dev and {len(data.test)} test examples, {data.n_labels} labels, "
+          f"{data.n_tags} tags; {args.precision} on {args.device}; to {folder}/", flush=True)
 
-    epochs = train(model, data, schedule, args, clock, folder)
+    schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
+    log = train(model, data, schedule, args, clock, folder)
     with clock("evaluate"):
         test = evaluate(data.test, *predict(model, data.test.to(args.device)), data.tags)
+    with clock("save"):
+        if not args.no_model:
+            model.save(folder / "model")
 
-    seconds = {phase: round(s, 3) for phase, s in clock.seconds.items()}
-    seconds["total"] = round(sum(clock.seconds.get(phase, 0.0) for phase in ("train", "score", "select")), 3)
-    full_epoch = float(np.median([line["seconds"]["train"] for line in epochs if line["kept"] == n]))
-    scoring_cost = clock.seconds.get("score", 0.0) / max(schedule.rounds, 1) / full_epoch
-    row = {**facts, "dev": epochs[-1]["dev"], "test": test, "seconds": seconds, "steps": epochs[-1]["step"],
-           "examples_seen": sum(line["kept"] for line in epochs), "examples_full": n * args.epochs,
-           "tokens_seen": sum(line["tokens"] for line in epochs), "tokens_full": int(data.train.lengths.sum()) * args.epochs,
-           "rounds": schedule.rounds, "full_seconds": round(full_epoch * args.epochs, 3), "scoring_cost": round(scoring_cost, 4),
-           "model_time": round(schedule.relative_time(scoring_cost), 4), "curve": [line["dev"] for line in epochs]}
-    if not args.no_model:
-        model.save(folder / "model")
-    with open(Path(args.out) / "results.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(summary(row))
-    print(f"left     {folder}/ (config.json, epochs.jsonl{', rounds.npz' if schedule.rounds else ''}{'' if args.no_model else ', model/'}) "
-          f"and a row in {Path(args.out) / 'results.jsonl'}")
+    seconds = dict(clock.seconds, total=sum(clock.seconds.get(phase, 0.0) for phase in ("train", "score", "select")))
+    full_epoch = float(np.median([line["seconds"]["train"] for line in log if line["kept"] == n]))
+    scoring_cost = seconds.get("score", 0.0) / max(schedule.rounds, 1) / full_epoch
+    row = {
+        **facts, "test": test, "dev": log[-1]["dev"], "seconds": {k: round(s, 3) for k, s in seconds.items()},
+        "steps": log[-1]["step"], "pruned_epochs": sum(line["kept"] < n for line in log),
+        "examples_seen": sum(line["kept"] for line in log), "examples_full": n * args.epochs,
+        "tokens_seen": sum(line["tokens"] for line in log), "tokens_full": int(data.train.lengths.sum()) * args.epochs,
+        "scoring_rounds": schedule.rounds, "scoring_cost": round(scoring_cost, 4),
+        "full_seconds": round(full_epoch * args.epochs, 3),  # estimated from the epochs that were full
+        "model_time": round(schedule.relative_time(scoring_cost), 4),
+        "curve": [line["dev"] for line in log],
+    }  # fmt: skip
+    append_line(folder.parent / "results.jsonl", row)
+    print("\n" + summary(row))
     return row
 
 
-def main(argv=None):
-    """Exit status: 0 done, 1 the run failed on its way, 2 bad input, 130 interrupted."""
+def main(argv=None, start=None):
+    """Exit status: 0 done, 2 bad input or a run that cannot go on, 130 interrupted."""
     try:
-        run(parse(argv))
+        run(parse(argv), start)
     except (DataError, ModelError, RunError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: interrupted; the run folder keeps the epochs that were finished", file=sys.stderr)
+        print("train.py: interrupted; its run folder keeps the epochs that were finished", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(start=START))

@@ -9,7 +9,9 @@ from . import demo
 from .encoding import IGNORE, LOST, Batch, Split, batches, encode, number
 from .readers import DataError, Examples, read_atis, read_snips
 
-__all__ = ["DATASETS", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "Split", "batches", "encode", "load"]
+__all__ = [
+    "DATASETS", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "Split", "batches", "encode", "load",
+]  # fmt: skip
 
 # To add a dataset: write its reader in readers.py and name it here, with where its files come from.
 DATASETS = {
@@ -72,8 +74,7 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
     splits = read(name, folder)
     train = splits["train"]
     if max_train is not None:
-        train = Examples(train.texts[:max_train], train.labels[:max_train], train.tags and train.tags[:max_train])
-        splits["train"] = train
+        train = splits["train"] = train.take(range(min(max_train, len(train.labels))))
     label_ids, n_labels = number(train.labels, chain(splits["dev"].labels, splits["test"].labels))
     tag_ids, n_tags = {}, 0
     if train.tags is not None:

@@ -18,99 +18,100 @@ SIZES = {"train": 4000, "dev": 500, "test": 500}
 ERROR_SHARE = 0.02
 SEED = 20230604
 
-# Every list is in order of frequency: the k-th entry is drawn with a probability proportional to 1 / k (Zipf).
-PATTERNS = {
-    "SetAlarm": [
-        "wake me up at {time}", "set an alarm for {time}", "set an alarm for {time} {date}", "alarm at {time} {recurrence}",
-        "wake me {date} at {time}", "set a {duration} timer", "cancel my {alarm_name} alarm", "timer for {duration}",
-        "set a {alarm_name} alarm for {time} {recurrence}", "i need to be up by {time} {date} in the {part_of_day}",
-        "move the {alarm_name} alarm to {time}", "do not let me sleep past {time} {recurrence}",
-    ],
-    "GetWeather": [
-        "what is the weather in {city}", "will it {condition} {date}", "weather {date}", "is it going to {condition} in {city}",
-        "what is the weather like in {city} {date}", "do i need an umbrella {date} {part_of_day}", "forecast for {city} {country}",
-        "how cold is it in {city} right now", "any chance it will {condition} {part_of_day} in {city} {country}",
-        "should i expect {condition} on the way to {city} {date}", "is {country} warm {date}",
-    ],
-    "PlayMusic": [
-        "play {song} by {artist}", "play some {genre}", "play {artist}", "put on my {playlist} playlist",
-        "play the album {album}", "play {genre} on {service}", "i want to hear {song}", "listen to {artist} on {service}",
-        "shuffle {playlist}", "play {song} from {album} by {artist}", "something {genre} for the {part_of_day}",
-        "can {service} find {album} by {artist}", "turn on {song}",
-    ],
-    "SendMessage": [
-        "text {contact} {message}", "send a message to {contact}", "tell {contact} {message}", "message {contact} on {app}",
-        "send {contact} a text saying {message}", "let {contact} know that {message}", "ask {contact} on {app} when to meet {date}",
-        "reply to my {relation} {message}", "write my {relation} on {app} that {message}", "drop {contact} a line at {time}",
-    ],
-    "AddToList": [
-        "add {item} to my {list} list", "add {item} to the list", "put {quantity} {item} on my {list} list", "we need {item}",
-        "remind me to buy {item} {date}", "i am out of {item}", "get {quantity} {item} from the {store}",
-        "add {song} to my {list} list", "remember {quantity} {item} for {contact}", "next time at the {store} i want {item}",
-    ],
-    "GetDirections": [
-        "directions to {place}", "take me to {place}", "how do i get to {street}", "how long to {place} by {transport}",
-        "navigate to {place} in {city}", "drive me to {place} and avoid {avoid}", "fastest way to {street} {city} without {avoid}",
-        "is there a {transport} to {city} at {time}", "i have to be at {place} by {time}", "walk me from {street} to {place}",
-    ],
-    "ControlHome": [
-        "turn on the {device}", "turn off the {device} in the {room}", "set the {device} to {temperature}", "dim the {room} {device}",
-        "make the {room} {temperature}", "set the {device} to {percent}", "turn the {room} {device} {color}",
-        "switch off the {device} in {duration}", "is the {device} in the {room} still on", "start the {device} at {time} {date}",
-        "leave the {device} at {percent} until {time}",
-    ],
-}  # fmt: skip
+def table(text):
+    """{"name": [options]} from lines "name: option | option | …"; an indented line goes on with the one before it."""
+    lines = text.strip().replace("\n    ", " ").splitlines()
+    return {name: options.split(" | ") for name, _, options in (line.partition(": ") for line in lines)}
 
-# A value may itself contain {parts}, which makes the open classes large without making this file so.
-VALUES = {
-    "time": ["seven", "six thirty", "eight", "half past {hour}", "{hour} pm", "quarter to {hour}", "noon", "{hour} {minutes}", "midnight"],
-    "date": ["tomorrow", "today", "tonight", "on {weekday}", "this weekend", "next {weekday}", "the day after tomorrow", "in {hour} days"],
-    "recurrence": ["every day", "on weekdays", "every {weekday}", "every other {weekday}", "twice a week"],
-    "part_of_day": ["morning", "evening", "afternoon", "night", "early morning"],
-    "duration": ["ten minutes", "{hour} minutes", "an hour", "half an hour", "{hour} hours", "ninety seconds"],
-    "alarm_name": ["morning", "work", "gym", "medicine", "{weekday} run", "baking"],
-    "city": ["london", "paris", "new york", "berlin", "san francisco", "lagos", "lima", "hanoi", "porto", "jackson", "florence", "phoenix"],
-    "country": ["france", "germany", "japan", "brazil", "new zealand", "kenya", "georgia", "jordan"],
-    "condition": ["rain", "snow", "storm", "hail", "freeze", "get windy", "thunder", "fog"],
-    "song": ["{adjective} {noun}", "rain", "{noun} of {noun}", "the {noun}", "{adjective} {weekday}", "seven", "yesterday was {adjective}"],
-    "artist": ["the {noun}s", "{first} {last}", "{first}", "dj {noun}", "{last} and the {adjective} {noun}s", "phoenix"],
-    "album": ["{noun}s and {noun}s", "{adjective} {noun}", "live in {place_name}", "the {adjective} album", "{first}"],
-    "genre": ["jazz", "rock", "classical", "hip hop", "country", "house", "soul", "drum and bass", "bossa nova", "rain sounds"],
-    "playlist": ["workout", "road trip", "chill", "{weekday} {part}", "cooking", "songs for {first}", "{adjective} {part}"],
-    "service": ["streamly", "tunebox", "radio nine", "my library", "cloudbeat"],
-    "contact": ["mom", "{first}", "dad", "{first} {last}", "doctor {last}", "the office", "georgia"],
-    "message": ["i am late", "happy birthday", "i am on my way", "call me back", "dinner is at {hour}", "the {noun} is {adjective}", "see you {weekday}", "please bring the {noun}"],
-    "app": ["chatter", "pigeon", "mail", "work chat", "{noun}gram"],
-    "relation": ["sister", "boss", "landlord", "neighbour", "oldest friend"],
-    "item": ["milk", "eggs", "bread", "coffee", "{adjective} {food}", "{food}", "{food} and {food}", "light bulbs", "a {noun}"],
-    "quantity": ["two", "a dozen", "{hour}", "a bag of", "{hour} boxes of", "half a pound of"],
-    "list": ["shopping", "grocery", "to do", "{weekday}", "party", "{first} birthday", "packing"],
-    "store": ["supermarket", "bakery", "corner shop", "hardware store", "{last} market"],
-    "place": ["home", "work", "the airport", "the {noun} museum", "{last} park", "{first}'s house", "the nearest {store_name}", "central station"],
-    "street": ["{number} {last} street", "{last} avenue", "{number} {noun} road", "the corner of {last} and {last}"],
-    "transport": ["car", "bus", "train", "bike", "night bus", "ferry"],
-    "avoid": ["highways", "tolls", "traffic", "the {last} bridge", "ferries"],
-    "device": ["lights", "heating", "tv", "fan", "coffee machine", "oven", "{adjective} lamp", "air conditioning", "music"],
-    "room": ["kitchen", "bedroom", "living room", "bathroom", "garage", "{first}'s room", "guest room"],
-    "temperature": ["twenty degrees", "warmer", "cooler", "{number} degrees", "a bit colder"],
-    "color": ["red", "blue", "warm white", "{adjective} green"],
-    "percent": ["fifty percent", "full", "{number} percent", "half", "minimum"],
-}  # fmt: skip
 
-PARTS = {
-    "hour": "five six seven eight nine ten eleven two three four".split(),
-    "minutes": "fifteen thirty forty twenty ten fifty".split(),
-    "weekday": "monday friday saturday sunday wednesday thursday tuesday".split(),
-    "part": "mix morning party night drive".split(),
-    "number": "twenty forty twelve ninety sixty eighteen thirty seventy".split(),
-    "first": "anna ben maria tom lucy omar ines viktor yuki paula charlotte jordan noor sam tessa".split(),
-    "last": "miller jackson garcia chen okafor silva novak lincoln rossi park haddad green larsen".split(),
-    "adjective": "blue golden quiet broken electric little wild green frozen sweet old red lonely warm".split(),
-    "noun": "river summer heart train moon garden ghost mirror dream tiger bridge window storm sailor engine".split(),
-    "food": "apples rice tomatoes cheese noodles onions chicken yoghurt olives pears lentils honey".split(),
-    "place_name": "london berlin lisbon osaka texas jordan".split(),
-    "store_name": "pharmacy bakery bank cafe post office".split(),
-}
+# Options are in order of frequency: the k-th is drawn with a probability proportional to 1 / k (Zipf).
+PATTERNS = table("""
+SetAlarm: wake me up at {time} | set an alarm for {time} | set an alarm for {time} {date} | alarm at {time}
+    {recurrence} | wake me {date} at {time} | set a {duration} timer | cancel my {alarm_name} alarm | timer for
+    {duration} | set a {alarm_name} alarm for {time} {recurrence} | i need to be up by {time} {date} in the
+    {part_of_day} | move the {alarm_name} alarm to {time} | do not let me sleep past {time} {recurrence}
+GetWeather: what is the weather in {city} | will it {condition} {date} | weather {date} | is it going to {condition}
+    in {city} | what is the weather like in {city} {date} | do i need an umbrella {date} {part_of_day} | forecast for
+    {city} {country} | how cold is it in {city} right now | any chance it will {condition} {part_of_day} in {city}
+    {country} | should i expect {condition} on the way to {city} {date} | is {country} warm {date}
+PlayMusic: play {song} by {artist} | play some {genre} | play {artist} | put on my {playlist} playlist | play the
+    album {album} | play {genre} on {service} | i want to hear {song} | listen to {artist} on {service} | shuffle
+    {playlist} | play {song} from {album} by {artist} | something {genre} for the {part_of_day} | can {service} find
+    {album} by {artist} | turn on {song}
+SendMessage: text {contact} {message} | send a message to {contact} | tell {contact} {message} | message {contact} on
+    {app} | send {contact} a text saying {message} | let {contact} know that {message} | ask {contact} on {app} when
+    to meet {date} | reply to my {relation} {message} | write my {relation} on {app} that {message} | drop {contact} a
+    line at {time}
+AddToList: add {item} to my {list} list | add {item} to the list | put {quantity} {item} on my {list} list | we need
+    {item} | remind me to buy {item} {date} | i am out of {item} | get {quantity} {item} from the {store} | add {song}
+    to my {list} list | remember {quantity} {item} for {contact} | next time at the {store} i want {item}
+GetDirections: directions to {place} | take me to {place} | how do i get to {street} | how long to {place} by
+    {transport} | navigate to {place} in {city} | drive me to {place} and avoid {avoid} | fastest way to {street}
+    {city} without {avoid} | is there a {transport} to {city} at {time} | i have to be at {place} by {time} | walk me
+    from {street} to {place}
+ControlHome: turn on the {device} | turn off the {device} in the {room} | set the {device} to {temperature} | dim the
+    {room} {device} | make the {room} {temperature} | set the {device} to {percent} | turn the {room} {device} {color}
+    | switch off the {device} in {duration} | is the {device} in the {room} still on | start the {device} at {time}
+    {date} | leave the {device} at {percent} until {time}
+""")
+
+# The values of the slots. One may contain {parts}, which makes the open classes large without making this file so.
+VALUES = table("""
+time: seven | six thirty | eight | half past {hour} | {hour} pm | quarter to {hour} | noon | {hour} {minutes} |
+    midnight
+date: tomorrow | today | tonight | on {weekday} | this weekend | next {weekday} | the day after tomorrow | in {hour}
+    days
+recurrence: every day | on weekdays | every {weekday} | every other {weekday} | twice a week
+part_of_day: morning | evening | afternoon | night | early morning
+duration: ten minutes | {hour} minutes | an hour | half an hour | {hour} hours | ninety seconds
+alarm_name: morning | work | gym | medicine | {weekday} run | baking
+city: london | paris | new york | berlin | san francisco | lagos | lima | hanoi | porto | jackson | florence | phoenix
+country: france | germany | japan | brazil | new zealand | kenya | georgia | jordan
+condition: rain | snow | storm | hail | freeze | get windy | thunder | fog
+song: {adjective} {noun} | rain | {noun} of {noun} | the {noun} | {adjective} {weekday} | seven | yesterday was
+    {adjective}
+artist: the {noun}s | {first} {last} | {first} | dj {noun} | {last} and the {adjective} {noun}s | phoenix
+album: {noun}s and {noun}s | {adjective} {noun} | live in {place_name} | the {adjective} album | {first}
+genre: jazz | rock | classical | hip hop | country | house | soul | drum and bass | bossa nova | rain sounds
+playlist: workout | road trip | chill | {weekday} {part} | cooking | songs for {first} | {adjective} {part}
+service: streamly | tunebox | radio nine | my library | cloudbeat
+contact: mom | {first} | dad | {first} {last} | doctor {last} | the office | georgia
+message: i am late | happy birthday | i am on my way | call me back | dinner is at {hour} | the {noun} is {adjective}
+    | see you {weekday} | please bring the {noun}
+app: chatter | pigeon | mail | work chat | {noun}gram
+relation: sister | boss | landlord | neighbour | oldest friend
+item: milk | eggs | bread | coffee | {adjective} {food} | {food} | {food} and {food} | light bulbs | a {noun}
+quantity: two | a dozen | {hour} | a bag of | {hour} boxes of | half a pound of
+list: shopping | grocery | to do | {weekday} | party | {first} birthday | packing
+store: supermarket | bakery | corner shop | hardware store | {last} market
+place: home | work | the airport | the {noun} museum | {last} park | {first}'s house | the nearest {store_name} |
+    central station
+street: {number} {last} street | {last} avenue | {number} {noun} road | the corner of {last} and {last}
+transport: car | bus | train | bike | night bus | ferry
+avoid: highways | tolls | traffic | the {last} bridge | ferries
+device: lights | heating | tv | fan | coffee machine | oven | {adjective} lamp | air conditioning | music
+room: kitchen | bedroom | living room | bathroom | garage | {first}'s room | guest room
+temperature: twenty degrees | warmer | cooler | {number} degrees | a bit colder
+color: red | blue | warm white | {adjective} green
+percent: fifty percent | full | {number} percent | half | minimum
+""")
+
+PARTS = table("""
+hour: five | six | seven | eight | nine | ten | eleven | two | three | four
+minutes: fifteen | thirty | forty | twenty | ten | fifty
+weekday: monday | friday | saturday | sunday | wednesday | thursday | tuesday
+part: mix | morning | party | night | drive
+number: twenty | forty | twelve | ninety | sixty | eighteen | thirty | seventy
+first: anna | ben | maria | tom | lucy | omar | ines | viktor | yuki | paula | charlotte | jordan | noor | sam | tessa
+last: miller | jackson | garcia | chen | okafor | silva | novak | lincoln | rossi | park | haddad | green | larsen
+adjective: blue | golden | quiet | broken | electric | little | wild | green | frozen | sweet | old | red | lonely |
+    warm
+noun: river | summer | heart | train | moon | garden | ghost | mirror | dream | tiger | bridge | window | storm |
+    sailor | engine
+food: apples | rice | tomatoes | cheese | noodles | onions | chicken | yoghurt | olives | pears | lentils | honey
+place_name: london | berlin | lisbon | osaka | texas | jordan
+store_name: pharmacy | bakery | bank | cafe | post | office
+""")
 
 OPENINGS = ["", "please", "hey", "can you", "i would like you to", "ok now", "um"]
 CLOSINGS = ["", "please", "thanks", "for me", "right away"]

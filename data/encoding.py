@@ -106,15 +106,16 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
     tokens, types, offsets, starts = array("i"), array("b"), array("q", [0]), array("h")
     joint = examples.tags is not None
     pairs = not joint and isinstance(examples.texts[0], tuple)
+    typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
     for i in range(0, len(examples.texts), 1000):  # in chunks: the tokenizer's own objects are large
         texts = examples.texts[i : i + 1000]
         columns = zip(*texts) if pairs else [texts]
         encoded = tokenizer(*map(list, columns), is_split_into_words=joint, truncation=True, max_length=max_length,
-                            return_attention_mask=False, return_token_type_ids=pairs)
+                            return_attention_mask=False, return_token_type_ids=typed)
         for row, ids in enumerate(encoded["input_ids"]):
             tokens.extend(ids)
             offsets.append(len(tokens))
-            if pairs:
+            if typed:
                 types.extend(encoded["token_type_ids"][row])
             if joint:
                 first = [LOST] * len(texts[row])
@@ -124,7 +125,7 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
                 starts.extend(first)
     labels = array("q", (label_ids[label] for label in examples.labels))
     split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id)
-    if pairs:
+    if typed:
         split.types = flat(types)
     if joint:
         split.word_starts = flat(starts)

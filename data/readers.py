@@ -22,6 +22,11 @@ class Examples:
     labels: list[str]
     tags: list[list[str]] | None = None
 
+    def take(self, indices):
+        """The examples of these indices, in their order."""
+        columns = (self.texts, self.labels, self.tags)
+        return Examples(*(column and [column[i] for i in indices] for column in columns))
+
 
 def read_lines(path):
     """The lines of a UTF-8 text file, Unix or Windows line ends, without them. DataError: absent, empty, not UTF-8."""
@@ -29,7 +34,7 @@ def read_lines(path):
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); a file of the dataset was expected here") from None
+        raise DataError(f"{path}: {error.strerror}; a file of the dataset was expected here") from None
     try:
         text = raw.decode("utf-8-sig")  # a byte-order mark is no part of the first word
     except UnicodeDecodeError as error:
@@ -46,7 +51,7 @@ def check_same_length(counts):
     """counts: {path: lines} of parallel files."""
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{path} has {n}" for path, n in counts.items())
-        raise DataError(f"parallel files differ in their number of lines: {listed}; line i of each must be one utterance")
+        raise DataError(f"files differ in their number of lines: {listed}; line i of each must be the same utterance")
 
 
 def check_utterance(words, tags, label, where):
@@ -92,7 +97,7 @@ def read_atis(folder):
         try:
             indices = [int(cell) for cell in cells]
         except ValueError:
-            raise DataError(f"{where}: indices separated by blanks were expected, not {' '.join(cells)[:40]!r}") from None
+            raise DataError(f"{where}: {' '.join(cells)[:40]!r}; indices with blanks between were expected") from None
         if any(not 0 <= i < len(names[kind]) for i in indices):
             raise DataError(f"{where}: an index outside 0..{len(names[kind]) - 1}, the lines of atis.dict.{kind}.csv")
         return [names[kind][i] for i in indices]
@@ -122,14 +127,9 @@ def read_atis(folder):
 
 
 def hold_out(examples, share, seed=0):
-    """Split off round(share·N) examples, drawn without regard to the run's seed so that every run has the same dev set."""
+    """Split off round(share·N) examples; drawn without regard to the run's seed, so that all runs share the dev set."""
     n = len(examples.labels)
     held = np.zeros(n, dtype=bool)
     held[np.random.default_rng(seed).permutation(n)[: round(share * n)]] = True
 
-    def take(wanted):
-        chosen = np.flatnonzero(wanted)
-        pick = lambda column: None if column is None else [column[i] for i in chosen]  # noqa: E731
-        return Examples(pick(examples.texts), pick(examples.labels), pick(examples.tags))
-
-    return take(~held), take(held)
+    return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))

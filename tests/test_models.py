@@ -1,0 +1,149 @@
+"""The model's parts do what they say: losses, heads, the short embedding table, saving and loading."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data import IGNORE, LOST, Dataset, Examples, encode
+from models import (
+    HUB_DEFAULT,
+    EmbeddingRows,
+    ModelError,
+    NLUModel,
+    default_model,
+    infer,
+    limit_vocabulary,
+    load_tokenizer,
+    losses,
+    predict,
+    restore_vocabulary,
+)
+
+
+def test_the_embedded_model_is_the_hubs():
+    weights = Path(default_model()) / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == (
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
+
+
+def test_without_the_package_the_hub_is_asked(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert default_model() == HUB_DEFAULT == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_losses_agree_with_one_utterance_at_a_time(model, demo_data):
+    batch = demo_data.train.batch(np.arange(40))
+    outputs = model.eval()(batch)
+    for i, loss in enumerate(losses(outputs, batch)):
+        wanted = F.cross_entropy(outputs[0][i], batch.labels[i])
+        for t in range(batch.tags.shape[1]):
+            if batch.tags[i, t] != IGNORE:
+                wanted = wanted + F.cross_entropy(outputs[1][i, t], batch.tags[i, t])
+        assert loss.item() == pytest.approx(0.5 * wanted.item(), rel=1e-5)
+
+
+def test_heads_follow_the_seed(tiny, tokenizer, demo_data):
+    a, b, c = (NLUModel.build(tiny, tokenizer, demo_data, seed).classify.weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_predictions_are_in_dataset_order_with_lost_words_marked(model, tokenizer):
+    texts = [["play", "\u200b", "jazz"], ["wake", "me", "up", "at", "seven"], ["stop"]]
+    examples = Examples(texts, ["x"] * 3, [["O"] * len(words) for words in texts])
+    split = encode(examples, tokenizer, 128, {"x": 0}, {"O": 0})
+    labels, tags = predict(model, split, batch_size=2)
+    assert (tags == LOST).tolist() == [False, True] + [False] * 7
+    for i, words in enumerate(texts):
+        alone = encode(examples.take([i]), tokenizer, 128, {"x": 0}, {"O": 0})
+        label, alone_tags = predict(model, alone)
+        start = sum(map(len, texts[:i]))
+        assert label[0] == labels[i] and alone_tags.tolist() == tags[start : start + len(words)].tolist()
+
+
+def test_inference_is_without_dropout_and_leaves_the_mode_alone(model, demo_data):
+    model.train()
+    one, two = (torch.cat([outputs[0] for _, outputs in infer(model, demo_data.dev)]) for _ in range(2))
+    assert torch.equal(one, two) and model.training
+
+
+def test_training_the_rows_in_use_is_training_the_whole_table(tiny, tokenizer, demo_data):
+    def fit(limited):
+        model = NLUModel.build(tiny, tokenizer, demo_data, seed=3)
+        if limited:
+            limit_vocabulary(model, demo_data)
+            assert isinstance(model.encoder.get_input_embeddings(), EmbeddingRows)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+        torch.manual_seed(0)
+        history = []
+        for start in range(0, 320, 32):
+            batch = demo_data.train.batch(np.arange(start, start + 32))
+            loss = losses(model.train()(batch), batch).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(loss.item())
+        restore_vocabulary(model)
+        return history, model.encoder.get_input_embeddings().weight
+
+    (whole_losses, whole_table), (losses_, table) = fit(limited=False), fit(limited=True)
+    np.testing.assert_allclose(losses_, whole_losses, rtol=1e-5)
+    assert table.shape == whole_table.shape
+    torch.testing.assert_close(table, whole_table, rtol=0, atol=1e-5)
+
+
+def test_a_saved_model_predicts_the_same(model, tiny, tokenizer, demo_data, tmp_path):
+    limit_vocabulary(model, demo_data)
+    wanted = predict(model.eval(), demo_data.test)
+    model.save(tmp_path)
+    again = NLUModel.load(tmp_path)
+    got = predict(again, demo_data.test)
+    assert np.array_equal(wanted[0], got[0]) and np.array_equal(wanted[1], got[1])
+    (label, tagged), = again.predict(["wake me up at seven"])
+    assert label in demo_data.labels and [word for word, _ in tagged] == ["wake", "me", "up", "at", "seven"]
+    assert again.predict(["\u200b jazz"])[0][1][0] == ("\u200b", "O")
+    NLUModel.build(str(tmp_path), load_tokenizer(str(tmp_path)), demo_data, seed=0)  # the folder works as --model
+
+
+def classification(tokenizer, texts):
+    """A Dataset of three identical splits in two classes."""
+    split = encode(Examples(texts, ["yes", "no"] * (len(texts) // 2)), tokenizer, 128, {"no": 0, "yes": 1}, {})
+    return Dataset("two classes", split, split, split, ["no", "yes"], 2, [], 0)
+
+
+@pytest.mark.parametrize("texts", [["wake me", "play jazz"] * 8, [("wake me", "now"), ("play jazz", "please")] * 8])
+def test_a_classifier_has_no_slots_and_learns(tiny, tokenizer, texts, tmp_path):
+    data = classification(tokenizer, texts)
+    model = NLUModel.build(tiny, tokenizer, data, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = data.train.batch(np.arange(16))
+    for _ in range(30):
+        losses(model.train()(batch), batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    labels, tags = predict(model, data.test)
+    assert labels.tolist() == data.test.labels.tolist() and tags is None
+    model.save(tmp_path)
+    assert [label for label, _ in NLUModel.load(tmp_path).predict(texts[:2])] == ["yes", "no"]
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-model"}', "[]"])
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError):
+        NLUModel.load(tmp_path)
+
+
+def test_too_long_examples_are_refused(tiny, tokenizer, demo_data):
+    split = encode(Examples([["wake"] * 300], ["x"], [["O"] * 300]), tokenizer, 400, {"x": 0}, {"O": 0})
+    data = Dataset("long", split, split, split, ["x"], 1, ["O"], 1)
+    with pytest.raises(ModelError, match="takes at most 128 tokens, but long has one of 302; --max-length 128"):
+        NLUModel.build(tiny, tokenizer, data, seed=0)

@@ -1,0 +1,78 @@
+"""EL2N is what the paper defines, whatever the batches, and finds label errors once a model has learned something."""
+
+import numpy as np
+import pytest
+import torch
+
+from data import IGNORE, Batch, batches, demo, load
+from models import NLUModel, default_model, limit_vocabulary, load_tokenizer, losses
+from scoring import SCORES, el2n, score
+
+
+def slow_el2n(logits, label, tag_logits, tags):
+    """One example, in float64, from the definition: the norm of all error vectors laid end to end."""
+    errors = []
+    for z, y in [(logits, label), *zip(tag_logits, tags)]:
+        if y != IGNORE:
+            p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+            p[y] -= 1
+            errors.append(p)
+    return np.linalg.norm(np.concatenate(errors))
+
+
+@pytest.mark.parametrize("scale", [0.1, 3, 30, 300])
+def test_el2n_agrees_with_one_example_at_a_time(rng, scale):
+    logits, tag_logits = rng.normal(size=(50, 7)) * scale, rng.normal(size=(50, 12, 40)) * scale
+    labels, tags = rng.integers(7, size=50), rng.integers(40, size=(50, 12))
+    tags[rng.random(tags.shape) < 0.4] = IGNORE
+    outputs = torch.tensor(logits).float(), torch.tensor(tag_logits).float()
+    batch = Batch(np.arange(50), None, None, None, torch.tensor(labels), torch.tensor(tags))
+    wanted = [slow_el2n(*(x.astype(np.float64) for x in (outputs[0][i].numpy(),)), labels[i],
+                        outputs[1][i].double().numpy(), tags[i]) for i in range(50)]
+    np.testing.assert_allclose(el2n(outputs, batch).numpy(), wanted, atol=1e-6)
+    plain = el2n((outputs[0], None), batch).numpy()
+    np.testing.assert_allclose(plain, [slow_el2n(x.double().numpy(), y, [], []) for x, y in zip(outputs[0], labels)],
+                               atol=1e-6)
+    assert (plain <= 2**0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_scoring_is_repeatable_and_independent_of_batches(model, demo_data, method, rng):
+    model.train()
+    one, two, small = (score(model, demo_data.dev, method, rng, size) for size in (256, 256, 7))
+    assert one.dtype == np.float32 and one.shape == (500,)
+    assert np.array_equal(one, two)
+    np.testing.assert_allclose(small, one, atol=1e-5, rtol=1e-5)
+    batch = demo_data.dev.batch(np.array([123]))
+    with torch.inference_mode():
+        np.testing.assert_allclose(SCORES[method](model.eval()(batch), batch), one[123], rtol=1e-5)
+
+
+def test_random_scores_take_no_pass(rng):
+    assert score(None, range(100), "random", rng).shape == (100,)
+
+
+def share_found(scores, share):
+    top = np.argsort(-scores, kind="stable")[: round(share * len(scores))]
+    return np.isin(demo.planted_errors(), top).mean()
+
+
+def test_el2n_finds_planted_label_errors_after_training_and_not_before(rng):
+    """The embedded model, two epochs: most errors among the 2 % of highest scores, nearly all among 4 %."""
+    tokenizer = load_tokenizer(default_model())
+    data = load("demo", tokenizer)
+    model = NLUModel.build(default_model(), tokenizer, data, seed=0)
+    limit_vocabulary(model, data)
+    assert share_found(score(model, data.train, "el2n", rng), 0.04) < 0.2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0, fused=True)
+    model.train()
+    for epoch in range(2):
+        for indices in batches(data.train.lengths, np.arange(4000), 64, np.random.default_rng(epoch)):
+            batch = data.train.batch(indices)
+            losses(model(batch), batch).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    scores = score(model, data.train, "el2n", rng)
+    assert share_found(scores, 0.02) > 0.5
+    assert share_found(scores, 0.04) > 0.8
