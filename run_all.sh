@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every row of the README's table: full data and EL2N at half of it, back to back, one seed after the other.
-# Override from the environment: DATASETS="snips" SEEDS="0" OUT=somewhere bash run_all.sh --lr 1e-4
+# The README's table: full data and EL2N at half of it, back to back, one seed after the other.
+# Override from the environment: DATASETS="snips" METHODS="full random" SEEDS="0" KEEP=0.2 OUT=elsewhere bash run_all.sh
+# Further flags go to train.py: bash run_all.sh --lr 1e-4
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -12,3 +13,4 @@ for seed in ${SEEDS:-0 1 2}; do
         done
     done
 done
+python report.py "${OUT:-runs}/results.jsonl"

@@ -13,7 +13,7 @@ START = time.perf_counter()  # before the slow imports, so that they count as lo
 import argparse
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from data import DATASETS, DataError, batches, load
 from metrics import evaluate
-from models import ModelError, NLUModel, default_model, limit_vocabulary, load_tokenizer, losses, predict
-from pruning import Schedule, Smoother, kept_size, select
-from report import environment, metrics_line, summary
+from models import DEFAULT_MODEL, ModelError, NLUModel, limit_vocabulary, load_tokenizer, losses, predictions
+from pruning import Schedule, SelectionError, Smoother, kept_size, select
+from report import append_line, environment, log_epoch, save_round, summary
 from scoring import SCORES, score
 
 
@@ -35,11 +35,10 @@ class RunError(RuntimeError):
 def train(model, data, schedule, args, clock, folder):
     """Fine-tune `model` in place and log every epoch to `folder`. Returns the log, a list of dicts."""
     n, lengths = len(data.train), data.train.lengths
-    trainset, devset = data.train.to(args.device), data.dev.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    smooth = Smoother(args.ema, args.std_weight) if args.method != "random" else Smoother(1, 0)
+    smooth = Smoother(args.ema, args.std_weight)
     steps = sum(-(-size // args.batch_size) for size in schedule.sizes(n))
-    step, kept, rounds, log = 0, np.arange(n), [], []
+    step, kept, log = 0, np.arange(n), []
 
     for epoch in range(args.epochs):
         # All chance comes from (seed, epoch): no epoch depends on how many numbers an earlier one drew.
@@ -48,20 +47,18 @@ def train(model, data, schedule, args, clock, folder):
 
         if schedule.prunes_at(epoch):
             with clock("score"):
-                scores = score(model, trainset, args.method, rng)
+                scores = score(model, data.train, args.method, rng)
             with clock("select"):
                 importance = smooth(scores)
                 kept = select(importance, args.keep, args.offset)
-            rounds.append({"epoch": epoch, "scores": scores, "importance": importance, "keep": np.isin(range(n), kept)})
-            save_rounds(folder, rounds)
+                save_round(folder, epoch + 1, scores, importance, kept)  # only pruning has this to do: on the clock
 
         model.train()
         loss_sum = torch.zeros((), device=args.device)
         with clock("train"), progress(epoch, args.epochs, len(kept), n) as bar:
             for indices in batches(lengths, kept, args.batch_size, rng):
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * (1 - step / steps if args.schedule == "linear" else 1)
-                batch = trainset.batch(indices)
+                optimizer.param_groups[0]["lr"] = learning_rate(args, step / steps)
+                batch = data.train.batch(indices)
                 loss = losses(model(batch), batch).mean()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -76,11 +73,16 @@ def train(model, data, schedule, args, clock, folder):
             raise RunError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr, or --precision fp32")
 
         with clock("evaluate"):
-            dev = evaluate(data.dev, *predict(model, devset), data.tags)
+            dev = evaluate(data.dev, *predictions(model, data.dev), data.tags)
         log.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
                     "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
         log_epoch(folder, log[-1], args.epochs, n)
     return log
+
+
+def learning_rate(args, done):
+    """The learning rate after a share `done` of all training steps."""
+    return args.lr * (1 - done) if args.schedule == "linear" else args.lr
 
 
 class Clock:
@@ -97,8 +99,10 @@ class Clock:
     @contextmanager
     def __call__(self, phase):
         start = self.now()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
 
     def lap(self):
         """Seconds by phase since the last lap, without the phases that had none."""
@@ -110,25 +114,6 @@ class Clock:
 def progress(epoch, epochs, kept, n):
     """A bar that counts examples; none where standard error is no terminal."""
     return tqdm(total=kept, unit="ex", desc=f"epoch {epoch + 1}/{epochs}, {kept} of {n}", leave=False, disable=None)
-
-
-def log_epoch(folder, line, epochs, n):
-    """One line to epochs.jsonl, and one to the screen."""
-    append_line(folder / "epochs.jsonl", line)
-    seconds = "  ".join(f"{phase} {s:.1f} s" for phase, s in line["seconds"].items())
-    print(f"epoch {line['epoch']:>2}/{epochs}  kept {line['kept']}/{n}  loss {line['loss']:.4f}  "
-          f"dev {metrics_line(line['dev'])}  |  {seconds}", flush=True)
-
-
-def save_rounds(folder, rounds):
-    """rounds.npz: epoch (R,), counted from 1 like the log's; scores, importance (smoothed) and keep (R, N)."""
-    columns = {name: np.stack([r[name] for r in rounds]) for name in rounds[0]}
-    np.savez_compressed(folder / "rounds.npz", **{**columns, "epoch": columns["epoch"] + 1})
-
-
-def append_line(path, fields):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(fields) + "\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,7 +129,8 @@ def parse(argv):
     add = p.add_argument
     add("--dataset", default="demo", metavar="NAME", help=f"one of: {', '.join(DATASETS)} (demo)")
     add("--data-dir", metavar="DIR", help="folder of the raw datasets ($DATA_DIR, or data/raw)")
-    add("--model", metavar="ID", help="Hugging Face hub id or local folder (the embedded all-MiniLM-L6-v2)")
+    add("--model", default=DEFAULT_MODEL, metavar="ID",
+        help="Hugging Face hub id or local folder (%(default)s, a copy of which requirements.txt installs)")
     add("--method", default="el2n", choices=["full", "random", *SCORES],
         help="the score that decides what is kept: %(choices)s; full keeps everything (el2n)")
     add("--keep", type=float, default=0.5, metavar="k", help="k = 1 - ρ: share of train examples kept, in (0, 1] (0.5)")
@@ -182,9 +168,13 @@ def parse(argv):
     check("ema", 0 < args.ema <= 1, "above 0 and at most 1")
     check("std-weight", 0 <= args.std_weight < np.inf, "a number, 0 or more")
     check("lr", 0 < args.lr < np.inf, "a number above 0")
-    check("clip", args.clip > 0, "above 0")
-    check("seed", 0 <= args.seed < 2**63, "0 or more")
-    args.keep = 1.0 if args.method == "full" else args.keep
+    check("clip", 0 < args.clip < np.inf, "a number above 0")
+    check("max-length", 3 <= args.max_length < 2**15, "from 3 to 32767")
+    check("seed", 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")
+    if args.method == "full":
+        args.keep, args.offset = 1.0, 0.0
+    if args.method == "random":
+        args.ema, args.std_weight = 1.0, 0.0  # an average of draws would favour the examples of earlier rounds
     check("full-epochs", args.keep == 1 or args.full_epochs < args.epochs,
           f"below --epochs {args.epochs}, or nothing is ever pruned")
     check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
@@ -194,7 +184,6 @@ def parse(argv):
     except Exception as error:  # RuntimeError, AssertionError and others, by backend
         p.error(f"--device {args.device}: not to be had here: {str(error).splitlines()[0]}")
     args.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16(args.device) else "fp32"
-    args.model = args.model or default_model()
     return args
 
 
@@ -214,7 +203,7 @@ def new_folder(args):
         out.mkdir(parents=True, exist_ok=True)
         open(out / "results.jsonl", "a").close()
         for suffix in ["", *(f"-{i}" for i in range(2, 100))]:  # runs of the same second
-            if not (out / (name + suffix)).exists():
+            with suppress(FileExistsError):
                 (out / (name + suffix)).mkdir()
                 return out / (name + suffix)
     except OSError as error:
@@ -234,23 +223,22 @@ def run(args, start=None):
         size = kept_size(n, args.keep)
         if size < args.batch_size:
             raise RunError(f"--keep {args.keep:g}: that is {size} of {n} train examples, less than one batch of "
-                           f"{args.batch_size}; keep more, or lower --batch-size")
+                           f"{args.batch_size}; take more examples, or lower --batch-size")
         model = NLUModel.build(args.model, tokenizer, data, args.seed, bf16=args.precision == "bf16")
         limit_vocabulary(model, data)
         model.to(args.device)
-    folder = new_folder(args)
-    facts = {"folder": str(folder), "args": vars(args), "environment": environment(args.device)}
-    (folder / "config.json").write_text(json.dumps(facts, indent=1))
+        data.train, data.dev, data.test = (split.to(args.device) for split in (data.train, data.dev, data.test))
+        folder = new_folder(args)
+        facts = {"folder": str(folder), "args": vars(args), "environment": environment(args.device)}
+        (folder / "config.json").write_text(json.dumps(facts, indent=1))
+    clock.lap()
     print(f"{args.dataset}: {n} train, {len(data.dev)} dev and {len(data.test)} test examples, {data.n_labels} labels, "
           f"{data.n_tags} tags; {args.precision} on {args.device}; to {folder}/", flush=True)
 
     schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
     log = train(model, data, schedule, args, clock, folder)
     with clock("evaluate"):
-        test = evaluate(data.test, *predict(model, data.test.to(args.device)), data.tags)
-    with clock("save"):
-        if not args.no_model:
-            model.save(folder / "model")
+        test = evaluate(data.test, *predictions(model, data.test), data.tags)
 
     seconds = dict(clock.seconds, total=sum(clock.seconds.get(phase, 0.0) for phase in ("train", "score", "select")))
     full_epoch = float(np.median([line["seconds"]["train"] for line in log if line["kept"] == n]))
@@ -265,7 +253,9 @@ def run(args, start=None):
         "model_time": round(schedule.relative_time(scoring_cost), 4),
         "curve": [line["dev"] for line in log],
     }  # fmt: skip
-    append_line(folder.parent / "results.jsonl", row)
+    append_line(folder.parent / "results.jsonl", row)  # before the model, whose 90 MB may not fit on the disk
+    if not args.no_model:
+        model.save(folder / "model")
     print("\n" + summary(row))
     return row
 
@@ -274,7 +264,7 @@ def main(argv=None, start=None):
     """Exit status: 0 done, 2 bad input or a run that cannot go on, 130 interrupted."""
     try:
         run(parse(argv), start)
-    except (DataError, ModelError, RunError) as error:
+    except (DataError, ModelError, SelectionError, RunError, OSError) as error:  # OSError: a full disk, say
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -284,4 +274,6 @@ def main(argv=None, start=None):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show τ
     sys.exit(main(start=START))

@@ -1,30 +1,42 @@
 """Datasets by name: `load("snips", …)` returns three splits as flat arrays. See encoding.py for what is in them."""
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from . import demo
-from .encoding import IGNORE, LOST, Batch, Split, batches, encode, number
+from .encoding import IGNORE, LOST, Batch, Split, batches, encode, number_names
 from .readers import DataError, Examples, read_atis, read_snips
 
 __all__ = [
     "DATASETS", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "Split", "batches", "encode", "load",
 ]  # fmt: skip
 
-# To add a dataset: write its reader in readers.py and name it here, with where its files come from.
+
+class Source(NamedTuple):
+    """Where a dataset comes from."""
+
+    reader: Callable  # folder -> {"train": Examples, "dev": …, "test": …}
+    rows: tuple[int, int, int]  # train, dev, test, as published (of ATIS, after dev was held out)
+    fetch: str | None = None  # shell command that puts its files into {folder}; None: generated, no files
+
+
+# To add a dataset: write its reader in readers.py and name it here.
 DATASETS = {
-    "demo": (demo.generate, None),
-    "snips": (read_snips, "for s in train dev test; do for f in seq.in seq.out label; do curl --create-dirs -fLo "
-              "{folder}/$s/$f https://raw.githubusercontent.com/monologg/JointBERT/"
-              "00324f60dda4a491b2913bc3065ae93966caea3f/data/snips/$s/$f; done; done"),
-    "atis": (read_atis, "for f in dict.vocab dict.slots dict.intent train.query train.slots train.intent test.query "
-             "test.slots test.intent; do curl --create-dirs -fLo {folder}/atis.$f.csv https://raw.githubusercontent.com/"
-             "howl-anderson/ATIS_dataset/24ef702b745d6a62194e343f7c147f811ff79c01/data/raw_data/ms-cntk-atis/"
-             "atis.$f.csv; done"),
-}
-OFFICIAL_ROWS = {"snips": (13084, 700, 700), "atis": (4480, 498, 893)}
+    "demo": Source(demo.generate, (4000, 500, 500)),
+    "snips": Source(read_snips, (13084, 700, 700),
+        "for s in train dev test; do for f in seq.in seq.out label; do curl --create-dirs -fLo {folder}/$s/$f https://"
+        "raw.githubusercontent.com/monologg/JointBERT/00324f60dda4a491b2913bc3065ae93966caea3f/data/snips/$s/$f; "
+        "done; done"),
+    "atis": Source(read_atis, (4480, 498, 893),
+        "for f in dict.vocab dict.slots dict.intent train.query train.slots train.intent test.query test.slots "
+        "test.intent; do curl --create-dirs -fLo {folder}/atis.$f.csv https://raw.githubusercontent.com/howl-anderson/"
+        "ATIS_dataset/24ef702b745d6a62194e343f7c147f811ff79c01/data/raw_data/ms-cntk-atis/atis.$f.csv; done"),
+}  # fmt: skip
 
 
 @dataclass
@@ -50,7 +62,7 @@ def read(name, folder=None):
     """The raw text of a dataset: {"train": Examples, "dev": …, "test": …}. DataError where it is absent or damaged."""
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r} (choose from {', '.join(DATASETS)})")
-    reader, fetch = DATASETS[name]
+    reader, official, fetch = DATASETS[name]
     if fetch is None:
         return reader()
     folder = Path(folder or default_folder()) / name
@@ -59,9 +71,9 @@ def read(name, folder=None):
                         "they are with --data-dir (the folder above) or DATA_DIR; --dataset demo needs no files")
     splits = reader(folder)
     rows = tuple(len(examples.labels) for examples in splits.values())
-    if rows != OFFICIAL_ROWS[name]:
-        print(f"warning: {folder}: {rows} train, dev and test rows, officially {OFFICIAL_ROWS[name]}; results will "
-              "not compare with others'")
+    if rows != official:
+        print(f"warning: {folder}: {rows} train, dev and test rows, officially {official}; results will not compare "
+              "with others'", file=sys.stderr)
     return splits
 
 
@@ -75,10 +87,10 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
     train = splits["train"]
     if max_train is not None:
         train = splits["train"] = train.take(range(min(max_train, len(train.labels))))
-    label_ids, n_labels = number(train.labels, chain(splits["dev"].labels, splits["test"].labels))
+    label_ids, n_labels = number_names(train.labels, chain(splits["dev"].labels, splits["test"].labels))
     tag_ids, n_tags = {}, 0
     if train.tags is not None:
-        flat = chain.from_iterable
-        tag_ids, n_tags = number(flat(train.tags), chain(flat(splits["dev"].tags), flat(splits["test"].tags)))
+        others = chain(splits["dev"].tags, splits["test"].tags)
+        tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
     encoded = {split: encode(examples, tokenizer, max_length, label_ids, tag_ids) for split, examples in splits.items()}
     return Dataset(name, labels=list(label_ids), n_labels=n_labels, tags=list(tag_ids), n_tags=n_tags, **encoded)

@@ -18,14 +18,14 @@ SIZES = {"train": 4000, "dev": 500, "test": 500}
 ERROR_SHARE = 0.02
 SEED = 20230604
 
-def table(text):
+def parse_table(text):
     """{"name": [options]} from lines "name: option | option | …"; an indented line goes on with the one before it."""
     lines = text.strip().replace("\n    ", " ").splitlines()
     return {name: options.split(" | ") for name, _, options in (line.partition(": ") for line in lines)}
 
 
 # Options are in order of frequency: the k-th is drawn with a probability proportional to 1 / k (Zipf).
-PATTERNS = table("""
+PATTERNS = parse_table("""
 SetAlarm: wake me up at {time} | set an alarm for {time} | set an alarm for {time} {date} | alarm at {time}
     {recurrence} | wake me {date} at {time} | set a {duration} timer | cancel my {alarm_name} alarm | timer for
     {duration} | set a {alarm_name} alarm for {time} {recurrence} | i need to be up by {time} {date} in the
@@ -56,7 +56,7 @@ ControlHome: turn on the {device} | turn off the {device} in the {room} | set th
 """)
 
 # The values of the slots. One may contain {parts}, which makes the open classes large without making this file so.
-VALUES = table("""
+VALUES = parse_table("""
 time: seven | six thirty | eight | half past {hour} | {hour} pm | quarter to {hour} | noon | {hour} {minutes} |
     midnight
 date: tomorrow | today | tonight | on {weekday} | this weekend | next {weekday} | the day after tomorrow | in {hour}
@@ -96,7 +96,7 @@ color: red | blue | warm white | {adjective} green
 percent: fifty percent | full | {number} percent | half | minimum
 """)
 
-PARTS = table("""
+PARTS = parse_table("""
 hour: five | six | seven | eight | nine | ten | eleven | two | three | four
 minutes: fifteen | thirty | forty | twenty | ten | fifty
 weekday: monday | friday | saturday | sunday | wednesday | thursday | tuesday
@@ -161,6 +161,17 @@ def planted_errors():
     """Indices of the train utterances whose annotation is wrong on purpose. Returns (80,) int64, ascending."""
     n = SIZES["train"]
     return np.sort(np.random.default_rng([SEED, 1]).permutation(n)[: round(ERROR_SHARE * n)])
+
+
+def errors_found(scores):
+    """How many planted errors are among the highest scores, looking at as many as there are errors.
+
+    scores: (n,) of the first n train utterances. Returns (found, planted).
+    """
+    planted = planted_errors()
+    planted = planted[planted < len(scores)]
+    top = np.argsort(-scores, kind="stable")[: len(planted)]
+    return int(np.isin(planted, top).sum()), len(planted)
 
 
 def spoil(rng, examples, i):

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     types: torch.Tensor | None  # (B, L) int64, the segment of each token; only for sentence pairs
     mask: torch.Tensor  # (B, L) bool, False on padding
     labels: torch.Tensor  # (B,) int64
-    tags: torch.Tensor | None  # (B, L) int64: each word's tag at its first sub-token, IGNORE elsewhere
+    tags: torch.Tensor | None  # (B, L) int64, as in Split
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Split:
     labels: torch.Tensor  # (N,) int64
     pad: int
     types: torch.Tensor | None = None  # (T,) int8
+    tags: torch.Tensor | None = None  # (T,) int16: each word's tag at its first sub-token, IGNORE elsewhere
     word_tags: torch.Tensor | None = None  # (W,) int16
     word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the example, or LOST
     word_offsets: torch.Tensor | None = None  # (N+1,) int64
@@ -62,18 +63,8 @@ class Split:
         where = (self.offsets[rows][:, None] + columns).where(mask, 0)
         tokens = self.tokens[where].long().masked_fill(~mask, self.pad)
         types = None if self.types is None else self.types[where].long().masked_fill(~mask, 0)
-        tags = None if self.word_tags is None else self._tags(rows, len(columns))
+        tags = None if self.tags is None else self.tags[where].long().masked_fill(~mask, IGNORE)
         return Batch(np.asarray(indices), tokens, types, mask, self.labels[rows], tags)
-
-    def _tags(self, rows, length):
-        counts = self.word_offsets[rows + 1] - self.word_offsets[rows]
-        row = torch.arange(len(rows), device=rows.device).repeat_interleave(counts)
-        first = (self.word_offsets[rows] - counts.cumsum(0) + counts).repeat_interleave(counts)
-        words = first + torch.arange(len(row), device=rows.device)
-        # LOST is -1 and so lands in the extra last column, which is then cut off.
-        tags = torch.full((len(rows), length + 1), IGNORE, device=rows.device)
-        tags[row, self.word_starts[words].long()] = self.word_tags[words].long()
-        return tags[:, :-1]
 
 
 def batches(lengths, indices, batch_size, rng=None, window=50):
@@ -103,7 +94,7 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
     The first sub-token of a word carries its tag. A word that yields no sub-token, or is cut off by `max_length`
     (tokens, special ones included), stays in the word arrays as LOST.
     """
-    tokens, types, offsets, starts = array("i"), array("b"), array("q", [0]), array("h")
+    tokens, types, tags, offsets, starts = array("i"), array("b"), array("h"), array("q", [0]), array("h")
     joint = examples.tags is not None
     pairs = not joint and isinstance(examples.texts[0], tuple)
     typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
@@ -118,18 +109,20 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
             if typed:
                 types.extend(encoded["token_type_ids"][row])
             if joint:
-                first = [LOST] * len(texts[row])
+                names, first = examples.tags[i + row], [LOST] * len(texts[row])
                 for position, word in enumerate(encoded.word_ids(row)):
-                    if word is not None and first[word] == LOST:
+                    is_first = word is not None and first[word] == LOST
+                    if is_first:
                         first[word] = position
+                    tags.append(tag_ids[names[word]] if is_first else IGNORE)
                 starts.extend(first)
     labels = array("q", (label_ids[label] for label in examples.labels))
     split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id)
     if typed:
         split.types = flat(types)
     if joint:
-        split.word_starts = flat(starts)
-        split.word_tags = flat(array("h", (tag_ids[tag] for tags in examples.tags for tag in tags)))
+        split.tags, split.word_starts = flat(tags), flat(starts)
+        split.word_tags = flat(array("h", (tag_ids[name] for names in examples.tags for name in names)))
         split.word_offsets = flat(array("q", accumulate(map(len, examples.tags), initial=0)))
     return split
 
@@ -139,7 +132,7 @@ def flat(values):
     return torch.from_numpy(np.asarray(values))
 
 
-def number(train, others):
+def number_names(train, others):
     """Ids for names: those of train first, then those that only `others` have, each in sorted order.
 
     Returns ({name: id}, how many of them train has).

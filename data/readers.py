@@ -54,20 +54,16 @@ def check_same_length(counts):
         raise DataError(f"files differ in their number of lines: {listed}; line i of each must be the same utterance")
 
 
-def check_utterance(words, tags, label, where):
-    """One tag a word, every tag O, B-x or I-x, and a label. `where`: "file:line" of the tags.
+def check_tags(words, tags, where):
+    """One tag a word, every tag O, B-x or I-x. `where`: "file:line" of the tags.
 
     An I-x that continues nothing is left as it is: like conlleval, the metric lets it open a span.
     """
-    if not words:
-        raise DataError(f"{where}: an utterance without words; remove the line from all files")
     if len(words) != len(tags):
         raise DataError(f"{where}: {len(words)} words but {len(tags)} tags; one tag a word was expected")
     for tag in tags:
         if tag != "O" and not (tag[:2] in ("B-", "I-") and len(tag) > 2):
             raise DataError(f"{where}: tag {tag!r} is not of the form O, B-name or I-name")
-    if not label:
-        raise DataError(f"{where}: no intent on the line of this number in the label file")
 
 
 def read_parallel(folder):
@@ -76,8 +72,11 @@ def read_parallel(folder):
     words, tags, labels = (read_lines(path) for path in paths.values())
     check_same_length(dict(zip(paths.values(), map(len, (words, tags, labels)))))
     words, tags, labels = [w.split() for w in words], [t.split() for t in tags], [label.strip() for label in labels]
-    for i, utterance in enumerate(zip(words, tags, labels)):
-        check_utterance(*utterance, where=f"{paths['seq.out']}:{i + 1}")
+    for i in range(len(words)):
+        for name, column in (("seq.in", words), ("label", labels)):
+            if not column[i]:
+                raise DataError(f"{paths[name]}:{i + 1}: an empty line; remove this line from all three files")
+        check_tags(words[i], tags[i], where=f"{paths['seq.out']}:{i + 1}")
     return Examples(words, labels, tags)
 
 
@@ -110,13 +109,11 @@ def read_atis(folder):
         examples = Examples([], [], [])
         for i in range(len(rows["vocab"])):
             words, tags, labels = (look_up(kind, rows[kind][i], f"{path}:{i + 1}") for kind, path in paths.items())
-            where = f"{paths['slots']}:{i + 1}"
-            if words[:1] != ["BOS"] or words[-1:] != ["EOS"]:
-                raise DataError(f"{paths['vocab']}:{i + 1}: the utterance must start with BOS and end with EOS")
+            if words[:1] != ["BOS"] or words[-1:] != ["EOS"] or len(words) < 3:
+                raise DataError(f"{paths['vocab']}:{i + 1}: must start with BOS, end with EOS and have words between")
             if len(labels) != 1:
                 raise DataError(f"{paths['intent']}:{i + 1}: one intent was expected, not {len(labels)}")
-            check_utterance(words, tags, labels[0], where)
-            check_utterance(words[1:-1], tags[1:-1], labels[0], where)  # something is left without BOS and EOS
+            check_tags(words, tags, f"{paths['slots']}:{i + 1}")
             examples.texts.append(words[1:-1])
             examples.tags.append(tags[1:-1])
             examples.labels.append(labels[0])

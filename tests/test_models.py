@@ -6,33 +6,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from data import IGNORE, LOST, Dataset, Examples, encode
 from models import (
-    HUB_DEFAULT,
+    DEFAULT_MODEL,
     EmbeddingRows,
     ModelError,
     NLUModel,
-    default_model,
     infer,
     limit_vocabulary,
     load_tokenizer,
+    local_copy,
     losses,
-    predict,
+    predictions,
     restore_vocabulary,
 )
 
 
 def test_the_embedded_model_is_the_hubs():
-    weights = Path(default_model()) / "model.safetensors"
+    weights = Path(local_copy(DEFAULT_MODEL)) / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == (
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
 
 
 def test_without_the_package_the_hub_is_asked(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert default_model() == HUB_DEFAULT == "sentence-transformers/all-MiniLM-L6-v2"
+    assert local_copy(DEFAULT_MODEL) == "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def test_losses_agree_with_one_utterance_at_a_time(model, demo_data):
@@ -55,11 +56,11 @@ def test_predictions_are_in_dataset_order_with_lost_words_marked(model, tokenize
     texts = [["play", "\u200b", "jazz"], ["wake", "me", "up", "at", "seven"], ["stop"]]
     examples = Examples(texts, ["x"] * 3, [["O"] * len(words) for words in texts])
     split = encode(examples, tokenizer, 128, {"x": 0}, {"O": 0})
-    labels, tags = predict(model, split, batch_size=2)
+    labels, tags = predictions(model, split, batch_size=2)
     assert (tags == LOST).tolist() == [False, True] + [False] * 7
     for i, words in enumerate(texts):
         alone = encode(examples.take([i]), tokenizer, 128, {"x": 0}, {"O": 0})
-        label, alone_tags = predict(model, alone)
+        label, alone_tags = predictions(model, alone)
         start = sum(map(len, texts[:i]))
         assert label[0] == labels[i] and alone_tags.tolist() == tags[start : start + len(words)].tolist()
 
@@ -98,15 +99,31 @@ def test_training_the_rows_in_use_is_training_the_whole_table(tiny, tokenizer, d
 
 def test_a_saved_model_predicts_the_same(model, tiny, tokenizer, demo_data, tmp_path):
     limit_vocabulary(model, demo_data)
-    wanted = predict(model.eval(), demo_data.test)
+    wanted = predictions(model.eval(), demo_data.test)
     model.save(tmp_path)
     again = NLUModel.load(tmp_path)
-    got = predict(again, demo_data.test)
+    got = predictions(again, demo_data.test)
     assert np.array_equal(wanted[0], got[0]) and np.array_equal(wanted[1], got[1])
     (label, tagged), = again.predict(["wake me up at seven"])
     assert label in demo_data.labels and [word for word, _ in tagged] == ["wake", "me", "up", "at", "seven"]
     assert again.predict(["\u200b jazz"])[0][1][0] == ("\u200b", "O")
     NLUModel.build(str(tmp_path), load_tokenizer(str(tmp_path)), demo_data, seed=0)  # the folder works as --model
+
+
+def test_heads_with_a_layer_missing_are_refused(model, tmp_path):
+    model.save(tmp_path)
+    heads = load_file(tmp_path / "heads.safetensors")
+    del heads["dense.weight"]
+    save_file(heads, tmp_path / "heads.safetensors")
+    with pytest.raises(ModelError, match=r"not a model folder that train.py wrote .*dense.weight"):
+        NLUModel.load(tmp_path)
+
+
+def test_a_token_outside_the_limited_vocabulary_fails_loudly(model, demo_data):
+    limit_vocabulary(model, demo_data)
+    unused = int((model.encoder.get_input_embeddings().row == -1).nonzero()[0])
+    with pytest.raises(IndexError):
+        model.encoder.get_input_embeddings()(torch.tensor([[unused]]))
 
 
 def classification(tokenizer, texts):
@@ -125,7 +142,7 @@ def test_a_classifier_has_no_slots_and_learns(tiny, tokenizer, texts, tmp_path):
         losses(model.train()(batch), batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    labels, tags = predict(model, data.test)
+    labels, tags = predictions(model, data.test)
     assert labels.tolist() == data.test.labels.tolist() and tags is None
     model.save(tmp_path)
     assert [label for label, _ in NLUModel.load(tmp_path).predict(texts[:2])] == ["yes", "no"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning import Schedule, Smoother, kept_size, select
+from pruning import Schedule, SelectionError, Smoother, kept_size, select
 
 
 def test_schedule_scores_every_cycle_after_the_full_epochs():
@@ -19,7 +19,6 @@ def test_schedule_scores_every_cycle_after_the_full_epochs():
 def test_no_scoring_pass_is_in_vain(epochs, full_epochs, cycle):
     schedule = Schedule(epochs, full_epochs, cycle, keep=0.5)
     assert schedule.rounds == max(0, -(-(epochs - full_epochs) // cycle))  # r = ceil((E − τ) / T)
-    assert not schedule.prunes_at(epochs)  # after the last epoch there is nothing left to select for
     assert Schedule(epochs, full_epochs, cycle, keep=1).rounds == 0
 
 
@@ -30,16 +29,17 @@ def test_cost_model_gives_the_papers_figures(keep, s, saved):
 
 def slow_select(scores, keep, offset):
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    first = round(offset * len(scores))
-    return sorted(ranked[first : first + round(keep * len(scores))])
+    size = round(keep * len(scores))
+    first = min(round(offset * len(scores)), len(scores) - size)
+    return sorted(ranked[first : first + size])
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 1e9, -3.0]), min_size=1, max_size=60),
        st.floats(0.01, 1), st.floats(0, 0.5))
 def test_select_agrees_with_sorting_pairs(scores, keep, offset):
     scores = np.array(scores, dtype=np.float32)  # few distinct values: mostly ties
-    if kept_size(len(scores), keep) < 1 or kept_size(len(scores), keep) + round(offset * len(scores)) > len(scores):
-        with pytest.raises(ValueError, match="cannot keep"):
+    if kept_size(len(scores), keep) < 1:
+        with pytest.raises(SelectionError, match="is none"):
             select(scores, keep, offset)
     else:
         assert select(scores, keep, offset).tolist() == slow_select(scores, keep, offset)
@@ -50,9 +50,14 @@ def test_select_keeps_exactly_what_was_asked_where_all_scores_are_equal():
     assert select(np.zeros(1), 1).tolist() == [0]
 
 
-def test_select_refuses_nan():
-    with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
-        select(np.array([1.0, np.nan, 0.0]), 0.5)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_select_refuses_what_is_no_number(bad):
+    with pytest.raises(SelectionError, match="1 of 3 scores are NaN or infinite"):
+        select(np.array([1.0, bad, 0.0]), 0.5)
+
+
+def test_an_offset_that_rounds_up_with_keep_still_keeps_what_was_asked():
+    assert len(select(np.arange(4479.0), 0.5, 0.5)) == 2240
 
 
 def slow_smoothing(history, alpha, c):
