@@ -56,9 +56,28 @@ def load_tokenizer(name):
     return tokenizer
 
 
+def load_encoder(name):
+    """The pretrained encoder of a hub id or local folder, in fp32, without pooler. ModelError where it is no encoder
+    or the file lacks some of its weights."""
+    # The dtype is said because a checkpoint in half precision would otherwise be trained in it.
+    encoder, loaded = pretrained(AutoModel, name, dtype=torch.float32, output_loading_info=True)
+    missing = [weight for weight in loaded["missing_keys"] if "pooler" not in weight]
+    if missing:
+        raise ModelError(f"--model {name}: {len(missing)} of its weights are missing ({min(missing)}, …)")
+    if encoder.config.is_encoder_decoder or not hasattr(encoder.config, "hidden_size"):
+        raise ModelError(f"--model {name}: an encoder such as BERT or RoBERTa is needed, not {type(encoder).__name__}")
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # our sentence head takes its place
+    return encoder
+
+
 def max_tokens(encoder, tokenizer):
     """Longest input of an encoder, special tokens included."""
-    return min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", np.inf))
+    limits = [tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 0), 2**15 - 1]
+    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
+        limits[1] -= positions.padding_idx + 1
+    return min(limit for limit in limits if limit > 0)
 
 
 class NLUModel(nn.Module):
@@ -70,8 +89,6 @@ class NLUModel(nn.Module):
 
     def __init__(self, encoder, tokenizer, labels, tags=(), bf16=False):
         super().__init__()
-        if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # our sentence head takes its place
         width = encoder.config.hidden_size
         self.encoder, self.tokenizer, self.labels, self.tags, self.bf16 = encoder, tokenizer, labels, tags, bf16
         self.dropout = nn.Dropout(getattr(encoder.config, "hidden_dropout_prob", 0.1))
@@ -87,11 +104,10 @@ class NLUModel(nn.Module):
     def build(cls, name, tokenizer, data: Dataset, seed, bf16=False):
         """Pretrained encoder `name` (hub id or folder) with new heads for `data`, initialised under `seed`."""
         torch.manual_seed(seed)
-        # The dtype is said because a checkpoint in half precision would otherwise be trained in it.
-        encoder = pretrained(AutoModel, name, dtype=torch.float32)
-        if encoder.config.is_encoder_decoder:
-            raise ModelError(f"--model {name}: has a decoder; an encoder such as BERT or RoBERTa is needed")
-        longest, limit = max(s.lengths.max() for s in (data.train, data.dev, data.test)), max_tokens(encoder, tokenizer)
+        encoder, splits = load_encoder(name), (data.train, data.dev, data.test)
+        if max(split.tokens.max() for split in splits) >= encoder.get_input_embeddings().num_embeddings:
+            raise ModelError(f"--model {name}: its tokenizer has tokens that the encoder has no embedding for")
+        longest, limit = max(split.lengths.max() for split in splits), max_tokens(encoder, tokenizer)
         if longest > limit:
             raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has one of {longest}; "
                              f"--max-length {limit} cuts them off")
@@ -110,6 +126,8 @@ class NLUModel(nn.Module):
     def predict(self, texts, batch_size=256):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
         an empty list where there are no slots; a word that the tokenizer drops is "O"."""
+        if isinstance(texts, str):
+            raise TypeError("predict takes a list of utterances, not one string")
         if not texts:
             return []
         if self.tags:
@@ -126,19 +144,22 @@ class NLUModel(nn.Module):
 
     def save(self, folder):
         """Write encoder and tokenizer in Hugging Face's layout, so that the folder works as --model, and our heads.
-        Undoes `limit_vocabulary`, so it is for the end of training."""
+        Undoes `limit_vocabulary`, so it is for the end of training. ModelError where the folder cannot be written."""
         restore_vocabulary(self)
-        self.encoder.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
         heads = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        save_file(heads, Path(folder) / "heads.safetensors")
-        names = {"labels": self.labels, "tags": self.tags}
-        Path(folder, "labels.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
+        names = json.dumps({"labels": self.labels, "tags": self.tags}, indent=1)
+        try:
+            self.encoder.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            save_file(heads, Path(folder) / "heads.safetensors")
+            Path(folder, "labels.json").write_text(names, encoding="utf-8")
+        except Exception as error:  # safetensors' own is no OSError
+            raise ModelError(f"{folder}: the model could not be written ({error})") from None
 
     @classmethod
     def load(cls, folder):
         """The model that `save` wrote, in evaluation mode on the CPU. ModelError where the folder is none of ours."""
-        encoder, tokenizer = pretrained(AutoModel, folder, dtype=torch.float32), load_tokenizer(folder)
+        encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
         try:
             names = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))
             model = cls(encoder, tokenizer, names["labels"], names["tags"])
@@ -192,7 +213,7 @@ class EmbeddingRows(nn.Module):
     """The rows of an embedding table that a dataset uses, as the only trainable ones; token ids stay as they are.
 
     The gradient of a row that no batch can touch is zero, so training is the same, but the dense gradient of the
-    whole table (47 MB for BERT's vocabulary) is neither filled nor read in every step.
+    whole table (47 MB for the default model's) is neither filled nor read in every step.
     """
 
     def __init__(self, table, used):

@@ -1,6 +1,6 @@
 """What runs leave and what they show: log lines, scores, the machine, the closing summary, the table over many.
 
-    python report.py results/*.jsonl > results/table.md
+    python report.py runs/results.jsonl
 """
 
 import argparse
@@ -17,6 +17,8 @@ import torch
 import transformers
 
 from data import demo
+
+CHECKOUT = Path(__file__).resolve().parent
 
 
 def append_line(path, fields):
@@ -52,7 +54,7 @@ def environment(device):
 
     def git(*command):
         try:
-            result = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+            result = subprocess.run(["git", *command], cwd=CHECKOUT, capture_output=True, text=True)
         except OSError:
             return None  # no git on this machine
         return result.stdout.strip() if result.returncode == 0 else None
@@ -67,7 +69,7 @@ def environment(device):
     return {
         "git": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else device,
+        "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else torch.device(device).type,
         "cpu": processor, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -108,12 +110,13 @@ def summary(row):
         first = min((folder / "rounds").iterdir())
         with np.load(first) as scored:
             found, planted = demo.errors_found(scored["scores"])
-        lines.append(f"found  {found} of the {planted} wrong labels planted in demo, among the {planted} highest "
+        lines.append(f"found  {found} of the {planted} wrong annotations planted in demo, among the {planted} highest "
                      f"scores of the first round ({first.name})")
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         example = f'from models import NLUModel; print(NLUModel.load("{folder}/model").predict(["…"]))'
-        lines.append(f"next   python -c '{example}'")
+        here = "" if Path.cwd() == CHECKOUT else f"PYTHONPATH={CHECKOUT} "
+        lines.append(f"next   {here}python -c '{example}'")
     return "\n".join(lines)
 
 
@@ -124,9 +127,9 @@ def read_rows(paths):
         for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 row = json.loads(line)
-                row["args"], row["test"], row["seconds"], row["environment"]  # what the table needs
+                table([row])  # fails where something is missing
                 rows.append(row)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
                 print(f"warning: {path}:{number}: not a whole row; skipped", file=sys.stderr)
     return rows
 
@@ -137,9 +140,21 @@ NOT_SETTINGS = {"seed", "out", "no_model", "data_dir"}
 PRUNING = {"method", "keep", "full_epochs", "cycle", "ema", "std_weight", "offset"}
 
 
-def settings(row, leave_out=NOT_SETTINGS):
-    """A key that runs on the same machine with the same flags share."""
-    return json.dumps([machine(row), {k: v for k, v in row["args"].items() if k not in leave_out}], sort_keys=True)
+def settings(row):
+    """The flags that matter to a run, as a dict; of one on everything, without those of pruning."""
+    ignored = NOT_SETTINGS | PRUNING if row["args"]["method"] == "full" else NOT_SETTINGS
+    return {flag: value for flag, value in row["args"].items() if flag not in ignored}
+
+
+def platform_of(row):
+    """What two timings must share to be compared."""
+    return (machine(row), *(row["environment"][name] for name in ("threads", "torch", "transformers")))
+
+
+def baseline(row):
+    """A key that a run shares with the full-data runs it may be compared with."""
+    flags = {flag: value for flag, value in settings(row).items() if flag not in PRUNING}
+    return platform_of(row), json.dumps(flags, sort_keys=True), row["args"]["seed"]
 
 
 def mean_and_deviation(values, digits=2):
@@ -150,34 +165,39 @@ def mean_and_deviation(values, digits=2):
 
 def table(rows):
     """Markdown: test metrics, mean ± deviation over seeds (of a seed that was run twice, the last), and the time saved
-    against the full-data run with the same seed on the same machine with otherwise the same settings."""
-    groups, full = {}, {}
+    against the full-data run with the same seed and otherwise the same flags, on the same machine and versions.
+    Flags in which the rows differ are named beside the method."""
+    groups, full, values = {}, {}, {}
     for row in rows:
-        seed = row["args"]["seed"]
-        groups.setdefault(settings(row), {})[seed] = row
+        key = platform_of(row), row["args"]["method"], json.dumps(settings(row), sort_keys=True)
+        groups.setdefault(key, {})[row["args"]["seed"]] = row
         if row["args"]["method"] == "full":
-            full[settings(row, NOT_SETTINGS | PRUNING), seed] = row
+            full[baseline(row)] = row
+        for flag, value in settings(row).items():
+            values.setdefault(flag, set()).add(value)
+    differing = [flag for flag in values if len(values[flag]) > 1 and flag not in ("dataset", "method", "keep")]
+
     head = ("dataset", "method", "kept", "n", "test metrics, %", "against full", "seconds", "time saved, %")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for group in groups.values():
         first = next(iter(group.values()))
-        args, metrics = first["args"], {name: [row["test"][name] for row in group.values()] for name in first["test"]}
+        metrics = {name: [row["test"][name] for row in group.values()] for name in first["test"]}
         main = "frame_acc" if "frame_acc" in metrics else next(iter(metrics))
-        gains, saved = [], []
-        for seed, row in group.items():
-            base = full.get((settings(row, NOT_SETTINGS | PRUNING), seed))
-            if base and base is not row:
-                gains.append(row["test"][main] - base["test"][main])
-                saved.append(100 * (1 - row["seconds"]["total"] / base["seconds"]["total"]))
+        pairs = [(row, full[baseline(row)]) for row in group.values() if baseline(row) in full]
+        compared = first["args"]["method"] != "full" and len(pairs) == len(group)
+        gains = [row["test"][main] - base["test"][main] for row, base in pairs]
+        saved = [100 * (1 - row["seconds"]["total"] / base["seconds"]["total"]) for row, base in pairs]
+        flags = settings(first)
         lines.append("| " + " | ".join([
-            args["dataset"], args["method"], f"{args['keep']:.0%}", str(len(group)),
-            ", ".join(f"{name} {mean_and_deviation(values)}" for name, values in metrics.items()),
-            f"{main} {mean_and_deviation(gains)}" if gains else "–",
+            first["args"]["dataset"],
+            ", ".join([first["args"]["method"], *(f"{flag} {flags[flag]}" for flag in differing if flag in flags)]),
+            f"{100 * first['args']['keep']:g} %", str(len(group)),
+            ", ".join(f"{name} {mean_and_deviation(column)}" for name, column in metrics.items()),
+            f"{main} {mean_and_deviation(gains)}" if compared else "–",
             mean_and_deviation([row["seconds"]["total"] for row in group.values()], 0),
-            mean_and_deviation(saved, 1) if saved else "–",
+            mean_and_deviation(saved, 1) if compared else "–",
         ]) + " |")  # fmt: skip
-    machines = sorted({f"{machine(row)}, {row['environment']['threads']} threads, torch {row['environment']['torch']}, "
-                       f"transformers {row['environment']['transformers']}" for row in rows})
+    machines = sorted({"{}, {} threads, torch {}, transformers {}".format(*platform_of(row)) for row in rows})
     note = "On test after the last epoch: mean ± standard deviation over n seeds. Machine: " + "; ".join(machines) + "."
     return "\n".join([*lines, "", note])
 
@@ -195,4 +215,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ±
     sys.exit(main())

@@ -51,7 +51,7 @@ def train(model, data, schedule, args, clock, folder):
             with clock("select"):
                 importance = smooth(scores)
                 kept = select(importance, args.keep, args.offset)
-                save_round(folder, epoch + 1, scores, importance, kept)  # only pruning has this to do: on the clock
+                save_round(folder, epoch + 1, scores, importance, kept)  # on the clock, as only pruning needs it
 
         model.train()
         loss_sum = torch.zeros((), device=args.device)
@@ -180,7 +180,7 @@ def parse(argv):
     check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=args.device)
+        torch.empty(0, device=args.device).cpu()  # "meta" has no values to bring back
     except Exception as error:  # RuntimeError, AssertionError and others, by backend
         p.error(f"--device {args.device}: not to be had here: {str(error).splitlines()[0]}")
     args.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16(args.device) else "fp32"
@@ -268,8 +268,13 @@ def main(argv=None, start=None):
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: interrupted; its run folder keeps the epochs that were finished", file=sys.stderr)
+        print("train.py: interrupted; the epochs that were finished are in the run's folder", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        print("train.py: error: out of memory; lower --batch-size or --max-length", file=sys.stderr)
+        return 2
     return 0
 
 

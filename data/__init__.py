@@ -22,12 +22,12 @@ class Source(NamedTuple):
 
     reader: Callable  # folder -> {"train": Examples, "dev": …, "test": …}
     rows: tuple[int, int, int]  # train, dev, test, as published (of ATIS, after dev was held out)
-    fetch: str | None = None  # shell command that puts its files into {folder}; None: generated, no files
+    fetch: str | None  # shell command that puts its files into {folder}; None: generated, so the reader takes no folder
 
 
 # To add a dataset: write its reader in readers.py and name it here.
 DATASETS = {
-    "demo": Source(demo.generate, (4000, 500, 500)),
+    "demo": Source(demo.generate, (4000, 500, 500), None),
     "snips": Source(read_snips, (13084, 700, 700),
         "for s in train dev test; do for f in seq.in seq.out label; do curl --create-dirs -fLo {folder}/$s/$f https://"
         "raw.githubusercontent.com/monologg/JointBERT/00324f60dda4a491b2913bc3065ae93966caea3f/data/snips/$s/$f; "

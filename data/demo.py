@@ -1,8 +1,8 @@
 """A dataset of our own making: what people say to a virtual assistant, drawn from a seeded grammar.
 
 It is redundant as real logs are, a few patterns make up most of it and a long tail the rest, and about 2 % of its
-train labels are wrong on purpose. Which ones is known (`planted_errors`), so it can tell whether a score finds them.
-7 intents, 32 slot types, 4,000 / 500 / 500 utterances.
+train annotations (intent or slots) are wrong on purpose. Which ones is known (`planted_errors`), so it can tell
+whether a score finds them. 7 intents, 32 slot types, 4,000 / 500 / 500 utterances.
 """
 
 import re
@@ -17,6 +17,7 @@ from .readers import Examples
 SIZES = {"train": 4000, "dev": 500, "test": 500}
 ERROR_SHARE = 0.02
 SEED = 20230604
+
 
 def parse_table(text):
     """{"name": [options]} from lines "name: option | option | …"; an indented line goes on with the one before it."""

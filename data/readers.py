@@ -124,9 +124,11 @@ def read_atis(folder):
 
 
 def hold_out(examples, share, seed=0):
-    """Split off round(share·N) examples; drawn without regard to the run's seed, so that all runs share the dev set."""
+    """Split off round(share·N) examples, at least one, without regard to the run's seed: all runs share the dev set."""
     n = len(examples.labels)
+    if n < 2:
+        raise DataError("one train example cannot be split into train and dev; two or more were expected")
     held = np.zeros(n, dtype=bool)
-    held[np.random.default_rng(seed).permutation(n)[: round(share * n)]] = True
+    held[np.random.default_rng(seed).permutation(n)[: max(1, round(share * n))]] = True
 
     return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))

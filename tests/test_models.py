@@ -1,6 +1,7 @@
 """The model's parts do what they say: losses, heads, the short embedding table, saving and loading."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from models import (
     NLUModel,
     infer,
     limit_vocabulary,
+    load_encoder,
     load_tokenizer,
     local_copy,
     losses,
@@ -117,6 +119,21 @@ def test_heads_with_a_layer_missing_are_refused(model, tmp_path):
     save_file(heads, tmp_path / "heads.safetensors")
     with pytest.raises(ModelError, match=r"not a model folder that train.py wrote .*dense.weight"):
         NLUModel.load(tmp_path)
+
+
+def test_an_encoder_with_weights_missing_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of its weights are missing .*layer.1.output.dense.weight"):
+        load_encoder(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_one_line(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="could not be written"):
+        model.save(tmp_path / "file" / "model")
 
 
 def test_a_token_outside_the_limited_vocabulary_fails_loudly(model, demo_data):

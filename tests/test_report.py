@@ -32,6 +32,12 @@ def test_a_full_run_serves_every_pruning_schedule_but_no_other_training():
     assert cells([row("full", 0, 90, 100), row(full_epochs=4)])[1][7] == "40.0"
     assert cells([row("full", 0, 90, 100), row(lr=2e-4)])[1][7] == "–"
     assert cells([row("full", 0, 90, 100), row(seed=1)])[1][7] == "–"
+    assert cells([row("full", 0, 90, 100), row(seed=0), row(seed=1)])[1][7] == "–"  # not of all n seeds
+
+
+def test_rows_say_in_which_flags_they_differ():
+    assert [line[1] for line in cells([row(), row(lr=2e-4)])] == ["el2n, lr 0.0001", "el2n, lr 0.0002"]
+    assert len(cells([row("full"), row("full", seed=1, full_epochs=4)])) == 1  # which does not matter to a full run
 
 
 def test_machines_are_not_mixed():
@@ -48,11 +54,12 @@ def test_a_seed_that_was_run_twice_counts_once():
 
 def test_lines_that_are_no_rows_are_skipped_and_said(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    path.write_text("\n".join([json.dumps(row()), "{}", "5", json.dumps(row())[:50]]))
+    path.write_text("\n".join([json.dumps(row()), "{}", "5", json.dumps(row())[:50],
+                               '{"args": {}, "test": {}, "seconds": {}, "environment": {}}']))
     assert report.main([str(path)]) == 0
     captured = capsys.readouterr()
     assert "| d | el2n |" in captured.out
-    assert [line.split(":")[-2] for line in captured.err.splitlines()] == ["2", "3", "4"]
+    assert [line.split(":")[-2] for line in captured.err.splitlines()] == ["2", "3", "4", "5"]
 
 
 def test_a_file_that_is_absent_is_said_in_one_line(tmp_path, capsys):

@@ -133,7 +133,7 @@ def test_random_keeps_exactly_as_many_and_draws_anew(run):
 
 
 def test_dev_and_test_do_not_touch_training(run, monkeypatch):
-    """Training sees only train: a run with another dev and test set ends with the same weights and masks."""
+    """With dev and test exchanged, training ends with the same weights and masks."""
     _, first = run("--keep", 0.5)
     generate = demo.generate
 
@@ -190,6 +190,7 @@ BAD_FLAGS = {
     "--max-length 2": "--max-length 2: must be from 3",
     "--clip inf": "--clip inf: must be a number above 0",
     "--max-train 0": "--max-train 0: must be at least 1",
+    "--device meta": "--device meta: not to be had here",
     "--device nope": "--device nope: not to be had here",
     "--precision fp8": "invalid choice: 'fp8'",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
@@ -218,6 +219,17 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(tiny, flags, message, 
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: …")])
+def test_running_out_of_memory_says_what_to_lower(monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "run", fail)
+    assert train.main([]) == 2
+    assert capsys.readouterr().err == "train.py: error: out of memory; lower --batch-size or --max-length\n"
+
+
 def test_full_ignores_the_flags_of_pruning():
     args = train.parse(["--method", "full", "--keep", "0.2", "--offset", "0.1"])
     assert args.keep == 1 and args.offset == 0
@@ -235,8 +247,7 @@ def test_the_command_works_from_another_folder_and_says_what_happened(tiny, tmp_
     for wanted in ("epoch  3/3  kept 150/300", "test   intent_acc", "saved  ", "the cost model says", "found  "):
         assert wanted in out
     command = re.search(r"next   (.*)", out)[1].replace("python", sys.executable, 1).replace("…", "wake me up at six")
-    again = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    again = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert "('six'," in again.stdout, again.stderr
 
 
@@ -247,7 +258,7 @@ def test_ctrl_c_ends_with_one_line_and_keeps_finished_epochs(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.strip() == "train.py: interrupted; its run folder keeps the epochs that were finished"
+    assert err.strip() == "train.py: interrupted; the epochs that were finished are in the run's folder"
     log, = tmp_path.glob("demo-*/epochs.jsonl")
     assert json.loads(log.read_text().splitlines()[0])["epoch"] == 1
 
