@@ -72,3 +72,8 @@ def test_environment_says_whether_the_code_was_changed(monkeypatch, changes):
     monkeypatch.setattr(report.subprocess, "run",
                         lambda *_, **__: type("Result", (), {"returncode": 0, "stdout": changes}))
     assert report.environment("cpu")["dirty"] is bool(changes)
+
+
+def test_the_readme_shows_the_table_of_the_committed_rows():
+    rows = report.read_rows([report.CHECKOUT / "results" / "main.jsonl"])
+    assert report.table(rows) in (report.CHECKOUT / "README.md").read_text(encoding="utf-8")
