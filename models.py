@@ -26,7 +26,7 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded. The message is one line."""
+    """A model that cannot be loaded or saved. The message is one line."""
 
 
 def local_copy(name):
@@ -236,9 +236,9 @@ def limit_vocabulary(model, data: Dataset):
     table = model.encoder.get_input_embeddings()
     if type(table) is nn.Embedding:
         used = torch.zeros(table.num_embeddings, dtype=torch.bool)
+        used[data.train.pad] = True
         for split in (data.train, data.dev, data.test):
             used[split.tokens] = True
-            used[split.pad] = True
         model.encoder.set_input_embeddings(EmbeddingRows(table, used.nonzero().squeeze(1)))
 
 

@@ -59,8 +59,9 @@ class Split:
         device = self.tokens.device
         rows = torch.as_tensor(indices, device=device)
         columns = torch.arange(int(self.lengths[indices].max()), device=device)
-        mask = columns < (self.offsets[rows + 1] - self.offsets[rows])[:, None]
-        where = (self.offsets[rows][:, None] + columns).where(mask, 0)
+        starts = self.offsets[rows]
+        mask = columns < (self.offsets[rows + 1] - starts)[:, None]
+        where = (starts[:, None] + columns).where(mask, 0)
         tokens = self.tokens[where].long().masked_fill(~mask, self.pad)
         types = None if self.types is None else self.types[where].long().masked_fill(~mask, 0)
         tags = None if self.tags is None else self.tags[where].long().masked_fill(~mask, IGNORE)

@@ -130,5 +130,4 @@ def hold_out(examples, share, seed=0):
         raise DataError("one train example cannot be split into train and dev; two or more were expected")
     held = np.zeros(n, dtype=bool)
     held[np.random.default_rng(seed).permutation(n)[: max(1, round(share * n))]] = True
-
     return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))
