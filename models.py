@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertModel, RobertaModel
 from transformers.utils import logging as transformers_logging
 
 from data import IGNORE, LOST, Dataset, Examples, batches, encode
@@ -74,24 +74,29 @@ def load_encoder(name):
 def max_tokens(encoder, tokenizer):
     """Longest input of an encoder, special tokens included."""
     limits = [tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 0), 2**15 - 1]
-    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
-        limits[1] -= positions.padding_idx + 1
+    limits[1] -= first_position(encoder)
     return min(limit for limit in limits if limit > 0)
+
+
+def first_position(encoder):
+    """Where an encoder's position embeddings begin: RoBERTa's after those of padding, others' at 0."""
+    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 class NLUModel(nn.Module):
     """Encoder → dropout, dense, tanh, dropout, linear on the first token; dropout, linear on every token for slots.
 
     labels, tags: the names behind the outputs of the two heads; without tags it is a plain classifier.
-    bf16: run the encoder and heads under bfloat16 autocast (weights, losses and scores stay in fp32).
     """
 
-    def __init__(self, encoder, tokenizer, labels, tags=(), bf16=False):
+    def __init__(self, encoder, tokenizer, labels, tags=()):
         super().__init__()
         width = encoder.config.hidden_size
-        self.encoder, self.tokenizer, self.labels, self.tags, self.bf16 = encoder, tokenizer, labels, tags, bf16
-        self.dropout = nn.Dropout(getattr(encoder.config, "hidden_dropout_prob", 0.1))
+        self.encoder, self.tokenizer, self.labels, self.tags = encoder, tokenizer, labels, tags
+        self.encode = bert if is_bert(encoder) else hugging_face
+        self.p = getattr(encoder.config, "hidden_dropout_prob", 0.1)
         self.dense = nn.Linear(width, width)
         self.classify = nn.Linear(width, len(labels))
         self.tag = nn.Linear(width, len(tags)) if tags else None
@@ -101,7 +106,7 @@ class NLUModel(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     @classmethod
-    def build(cls, name, tokenizer, data: Dataset, seed, bf16=False):
+    def build(cls, name, tokenizer, data: Dataset, seed):
         """Pretrained encoder `name` (hub id or folder) with new heads for `data`, initialised under `seed`."""
         torch.manual_seed(seed)
         encoder, splits = load_encoder(name), (data.train, data.dev, data.test)
@@ -111,17 +116,14 @@ class NLUModel(nn.Module):
         if longest > limit:
             raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has one of {longest}; "
                              f"--max-length {limit} cuts them off")
-        return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], bf16)
+        return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags])
 
     def forward(self, batch):
         """batch: data.Batch. Returns fp32 logits (B, labels), and (B, L, tags) or None."""
-        types = {} if batch.types is None else {"token_type_ids": batch.types}
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.encoder(batch.tokens, attention_mask=batch.mask, **types).last_hidden_state
-            sentence = self.dropout(torch.tanh(self.dense(self.dropout(hidden[:, 0]))))
-            logits = self.classify(sentence).float()
-            tag_logits = None if self.tag is None else self.tag(self.dropout(hidden)).float()
-        return logits, tag_logits
+        hidden, p = self.encode(self.encoder, batch), self.p * self.training
+        sentence = dropout(torch.tanh(self.dense(dropout(hidden[:, 0], p))), p)
+        logits = linear_fp32(self.classify, sentence)
+        return logits, None if self.tag is None else linear_fp32(self.tag, dropout(hidden, p))
 
     def predict(self, texts, batch_size=256):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
@@ -171,6 +173,63 @@ class NLUModel(nn.Module):
         return model.eval()
 
 
+def hugging_face(encoder, batch):
+    """(B, L, width) hidden states, as transformers computes them."""
+    types = {} if batch.types is None else {"token_type_ids": batch.types}
+    return encoder(batch.tokens, attention_mask=batch.mask, **types).last_hidden_state
+
+
+def is_bert(encoder):
+    """Whether `bert` computes what `encoder` does."""
+    config = encoder.config
+    return type(encoder) in (BertModel, RobertaModel) and config.hidden_act == "gelu" and not config.is_decoder
+
+
+def bert(encoder, batch):
+    """The same function of BERT's or RoBERTa's weights in fewer and larger operations: one product for query, key and
+    value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead."""
+    tables, config, (B, L) = encoder.embeddings, encoder.config, batch.tokens.shape
+    p, p_attention = (encoder.training * q for q in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
+    first = first_position(encoder)
+    types = tables.token_type_embeddings.weight[0] if batch.types is None else tables.token_type_embeddings(batch.types)
+    x = tables.word_embeddings(batch.tokens) + (tables.position_embeddings.weight[first : first + L] + types)
+    x = dropout(tables.LayerNorm(x), p).flatten(0, 1)
+    bias = None
+    if batch.mask is not None:
+        bias = torch.zeros_like(batch.mask, dtype=x.dtype).masked_fill_(~batch.mask, -torch.inf)[:, None, None]
+    for layer in encoder.encoder.layer:
+        own, output, heads = layer.attention.self, layer.attention.output, config.num_attention_heads
+        weight, b = (torch.cat([getattr(m, k) for m in (own.query, own.key, own.value)]) for k in ("weight", "bias"))
+        query, key, value = F.linear(x, weight, b).view(B, L, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        attention = softmax(query * query.shape[-1] ** -0.5 @ key.mT, bias)
+        seen = (dropout(attention, p_attention) @ value).transpose(1, 2).reshape(B * L, -1)
+        x = output.LayerNorm(x + dropout(output.dense(seen), p))
+        inner = F.gelu(layer.intermediate.dense(x))
+        x = layer.output.LayerNorm(x + dropout(layer.output.dense(inner), p))
+    return x.view(B, L, -1)
+
+
+def linear_fp32(layer, x):
+    """A linear layer in fp32, whatever the type of its weights: bf16 logits would blur the scores."""
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+def softmax(x, bias=None):
+    """Softmax of x + bias over the last axis, computed in fp32. Padded to 16 where shorter: PyTorch is 4 times slower there."""
+    x = x if bias is None else x + bias
+    return F.pad(x.float(), (0, max(0, 16 - x.shape[-1])), value=-torch.inf).softmax(-1)[..., : x.shape[-1]].to(x.dtype)
+
+
+def dropout(x, p):
+    """Inverted dropout. On a CPU, PyTorch draws a double for every element; 16 bits do, with p in steps of 2⁻¹⁶."""
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p) if p else x
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    last = round(p * 2**16) - 2**15 - 1  # the highest value that drops
+    keep = bits[: x.numel()].view(x.shape).clamp_(last, last + 1).sub_(last)  # 0 or 1; comparisons are slower
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+
+
 def losses(outputs, batch):
     """(B,) loss of each example: cross-entropy; for joint data ½ intent + ½ sum over words, as in the paper."""
     logits, tag_logits = outputs
@@ -216,6 +275,8 @@ class EmbeddingRows(nn.Module):
     whole table (47 MB for the default model's) is neither filled nor read in every step.
     """
 
+    gradient = None  # (rows, width): where an optimizer wants the gradient, rather than in weight.grad
+
     def __init__(self, table, used):
         super().__init__()
         self.table, self.used = [table], used  # in a list, the table is no submodule: not trained, not moved
@@ -225,7 +286,16 @@ class EmbeddingRows(nn.Module):
         self.weight = nn.Parameter(table.weight.detach()[used])
 
     def forward(self, tokens):
-        return F.embedding(self.row[tokens], self.weight)
+        rows = self.row[tokens]
+        if self.gradient is None or not torch.is_grad_enabled():
+            return F.embedding(rows, self.weight)
+
+        def collect(gradient):
+            self.gradient.zero_().index_add_(0, rows.flatten(), gradient.flatten(0, 1).to(self.gradient.dtype))
+
+        vectors = F.embedding(rows, self.weight.detach()).requires_grad_()
+        vectors.register_hook(collect)
+        return vectors
 
 
 def limit_vocabulary(model, data: Dataset):

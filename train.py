@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import DATASETS, DataError, batches, load
 from metrics import evaluate
-from models import DEFAULT_MODEL, ModelError, NLUModel, limit_vocabulary, load_tokenizer, losses, predictions
+from models import DEFAULT_MODEL, EmbeddingRows, ModelError, NLUModel, limit_vocabulary, load_tokenizer, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, kept_size, select
 from report import append_line, environment, log_epoch, save_round, summary
 from scoring import SCORES, score
@@ -35,7 +35,7 @@ class RunError(RuntimeError):
 def train(model, data, schedule, args, clock, folder):
     """Fine-tune `model` in place and log every epoch to `folder`. Returns the log, a list of dicts."""
     n, lengths = len(data.train), data.train.lengths
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = FlatAdamW(model, args.precision, args.clip)
     smooth = Smoother(args.ema, args.std_weight)
     steps = sum(-(-size // args.batch_size) for size in schedule.sizes(n))
     step, kept, log = 0, np.arange(n), []
@@ -57,13 +57,10 @@ def train(model, data, schedule, args, clock, folder):
         loss_sum = torch.zeros((), device=args.device)
         with clock("train"), progress(epoch, args.epochs, len(kept), n) as bar:
             for indices in batches(lengths, kept, args.batch_size, rng):
-                optimizer.param_groups[0]["lr"] = learning_rate(args, step / steps)
                 batch = data.train.batch(indices)
                 loss = losses(model(batch), batch).mean()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                optimizer.step()
-                optimizer.zero_grad()
+                optimizer.step(learning_rate(args, step / steps))
                 step += 1
                 loss_sum += loss.detach() * len(indices)
                 if bar.update(len(indices)):  # only when it was redrawn: reading the loss waits for the device
@@ -83,6 +80,51 @@ def train(model, data, schedule, args, clock, folder):
 def learning_rate(args, done):
     """The learning rate after a share `done` of all training steps."""
     return args.lr * (1 - done) if args.schedule == "linear" else args.lr
+
+
+class FlatAdamW:
+    """AdamW with clipping, on one flat fp32 vector of all weights; the model computes with a copy in its precision.
+
+    One vector takes one kernel for the norm and one for the step instead of hundreds; and in bf16, no pass casts weights
+    (mixed precision with master weights, Micikevicius et al. 2018). The mathematics of a step is that of
+    clip_grad_norm_ and torch.optim.AdamW, without weight decay.
+    """
+
+    def __init__(self, model, precision, clip):
+        self.weights, self.clip = list(model.parameters()), clip
+        self.master = torch.cat([weight.detach().flatten().float() for weight in self.weights])
+        self.master.grad = torch.zeros_like(self.master)
+        self.copy = self.master.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])  # itself in fp32
+        self.adam = torch.optim.AdamW([self.master], weight_decay=0.0, fused=True)
+        self.adam.found_inf = torch.zeros((), device=self.master.device)
+        self.gradients = dict(zip(self.weights, self.views(self.master.grad)))
+        for weight, view in zip(self.weights, self.views(self.copy)):
+            weight.data = view
+        for module in model.modules():
+            if isinstance(module, EmbeddingRows):
+                module.gradient = self.gradients[module.weight]
+
+    def views(self, flat):
+        """A flat vector as one view for each weight, in the weight's shape."""
+        sizes = [weight.numel() for weight in self.weights]
+        return [part.view(weight.shape) for part, weight in zip(flat.split(sizes), self.weights)]
+
+    def step(self, lr):
+        """Update all weights from their gradients, and clear those."""
+        for weight, gradient in self.gradients.items():
+            if weight.grad is not None:
+                gradient.copy_(weight.grad)
+                weight.grad = None
+        self.adam.param_groups[0]["lr"] = lr
+        norm = self.master.grad.dot(self.master.grad).sqrt()
+        self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)  # the step divides by it: no pass of its own
+        self.adam.step()
+        self.copy.copy_(self.master)
+
+    def restore(self):
+        """Give the model its weights in fp32, for saving."""
+        for weight, view in zip(self.weights, self.views(self.master)):
+            weight.data = view
 
 
 class Clock:
@@ -224,7 +266,7 @@ def run(args, start=None):
         if size < args.batch_size:
             raise RunError(f"--keep {args.keep:g}: that is {size} of {n} train examples, less than one batch of "
                            f"{args.batch_size}; take more examples, or lower --batch-size")
-        model = NLUModel.build(args.model, tokenizer, data, args.seed, bf16=args.precision == "bf16")
+        model = NLUModel.build(args.model, tokenizer, data, args.seed)
         limit_vocabulary(model, data)
         model.to(args.device)
         data.train, data.dev, data.test = (split.to(args.device) for split in (data.train, data.dev, data.test))

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     indices: np.ndarray  # (B,) which examples of the split these are
     tokens: torch.Tensor  # (B, L) int64
     types: torch.Tensor | None  # (B, L) int64, the segment of each token; only for sentence pairs
-    mask: torch.Tensor  # (B, L) bool, False on padding
+    mask: torch.Tensor | None  # (B, L) bool, False on padding; None where nothing is padded
     labels: torch.Tensor  # (B,) int64
     tags: torch.Tensor | None  # (B, L) int64, as in Split
 
@@ -65,7 +65,8 @@ class Split:
         tokens = self.tokens[where].long().masked_fill(~mask, self.pad)
         types = None if self.types is None else self.types[where].long().masked_fill(~mask, 0)
         tags = None if self.tags is None else self.tags[where].long().masked_fill(~mask, IGNORE)
-        return Batch(np.asarray(indices), tokens, types, mask, self.labels[rows], tags)
+        padded = self.lengths[indices].min() < len(columns)
+        return Batch(np.asarray(indices), tokens, types, mask if padded else None, self.labels[rows], tags)
 
 
 def batches(lengths, indices, batch_size, rng=None, window=50):
