@@ -74,6 +74,7 @@ def train(model, data, schedule, args, clock, folder):
         log.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
                     "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
         log_epoch(folder, log[-1], args.epochs, n)
+    optimizer.restore()
     return log
 
 
