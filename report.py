@@ -1,4 +1,4 @@
-"""What runs leave and what they show: log lines, scores, the machine, the closing summary, the table over many.
+"""What runs leave and what they show: times, log lines, scores, the machine, the closing summary, the table over many.
 
     python report.py runs/results.jsonl
 """
@@ -10,15 +10,66 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 from data import demo
 
 CHECKOUT = Path(__file__).resolve().parent
+
+
+class Clock:
+    """Seconds by phase: `with clock("train"): …`. Waits for the device, so that work is billed to its phase."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.laps = torch.device(device), {}, {}
+
+    def now(self):
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase):
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+
+    def lap(self):
+        """Seconds by phase since the last lap, without the phases that had none."""
+        lap = {phase: round(s - self.laps.get(phase, 0.0), 4) for phase, s in self.seconds.items()}
+        self.laps = dict(self.seconds)
+        return {phase: s for phase, s in lap.items() if s > 0}
+
+
+def progress(epoch, epochs, kept, n):
+    """A bar that counts examples; none where standard error is no terminal."""
+    return tqdm(total=kept, unit="ex", desc=f"epoch {epoch + 1}/{epochs}, {kept} of {n}", leave=False,
+                disable=True if int(os.environ.get("RANK", 0)) else None)
+
+
+def new_folder(args):
+    """A new folder for this run under --out. OSError where one cannot be made or results.jsonl not written."""
+    out = Path(args.out)
+    name = f"{args.dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        open(out / "results.jsonl", "a").close()
+        for suffix in ["", *(f"-{i}" for i in range(2, 100))]:  # runs of the same second
+            with suppress(FileExistsError):
+                (out / (name + suffix)).mkdir()
+                return out / (name + suffix)
+    except OSError as error:
+        raise OSError(f"--out {out}: {error.strerror} ({error.filename}); name a folder that can be written") from None
+    raise OSError(f"--out {out}: too many runs named {name}")
 
 
 def append_line(path, fields):
@@ -49,6 +100,14 @@ def save_round(folder, epoch, scores, importance, kept):
     os.replace(path.with_suffix(".part"), path)
 
 
+def has_bf16(device):
+    """Whether bf16 is in the hardware (on a CPU: AVX512-BF16 or AMX); where it is emulated, it is slower than fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent from some PyTorch versions
+    return torch.device(device).type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
 def environment(device):
     """What a reader needs to judge a timing: code version, package versions, machine. A dict of plain values."""
 
@@ -71,6 +130,25 @@ def environment(device):
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else torch.device(device).type,
         "cpu": processor, "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }  # fmt: skip
+
+
+def totals(data, schedule, clock, log):
+    """What a run cost and saw, from its clock and the log that `train` returned: the figures of its row."""
+    n, epochs = len(data.train), schedule.epochs
+    seconds = dict(clock.seconds, total=sum(clock.seconds.get(phase, 0.0) for phase in ("train", "score", "select")))
+    full_epoch = float(np.median([line["seconds"]["train"] for line in log if line["kept"] == n]))
+    scoring_cost = seconds.get("score", 0.0) / max(schedule.rounds, 1) / full_epoch
+    return {
+        "dev": log[-1]["dev"], "seconds": {phase: round(s, 3) for phase, s in seconds.items()},
+        "steps": log[-1]["step"], "pruned_epochs": sum(line["kept"] < n for line in log),
+        "examples_seen": sum(line["kept"] for line in log), "examples_full": n * epochs,
+        "tokens_seen": sum(line["tokens"] for line in log), "tokens_full": int(data.train.lengths.sum()) * epochs,
+        "scoring_rounds": schedule.rounds, "scoring_cost": round(scoring_cost, 4),
+        "full_seconds": round(full_epoch * epochs, 3),  # estimated from the epochs that were full
+        "model_time": round(schedule.relative_time(scoring_cost), 4),
+        "curve": [line["dev"] for line in log],
     }  # fmt: skip
 
 

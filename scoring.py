@@ -6,7 +6,7 @@ To add a score, write a function (outputs, batch) -> (B,) tensor and name it in 
 import numpy as np
 import torch
 
-from data import IGNORE
+from data import IGNORE, add_up, share, sorted_batches
 from models import infer, losses
 
 
@@ -37,14 +37,15 @@ def squared_error(logits, gold):
 SCORES = {"el2n": el2n, "loss": losses}
 
 
-def score(model, split, method, rng, batch_size=256):
+def score(model, split, method, rng, tokens=None):
     """Score every example of `split` with the current model, dropout off. Returns (N,) float32 in dataset order.
 
     method: a key of SCORES, or "random": scores that know nothing, drawn from the numpy generator `rng`.
+    tokens: most tokens a batch, as in sorted_batches. Several processes share the batches; all get all scores.
     """
     if method == "random":
         return rng.random(len(split), dtype=np.float32)
-    scores = torch.empty(len(split), device=split.tokens.device)
-    for batch, outputs in infer(model, split, batch_size):
+    scores = torch.zeros(len(split), device=split.tokens.device)
+    for batch, outputs in infer(model, split, share(sorted_batches(split, tokens))):
         scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)
-    return scores.cpu().numpy()
+    return add_up(scores).cpu().numpy()

@@ -12,19 +12,20 @@ START = time.perf_counter()  # before the slow imports, so that they count as lo
 
 import argparse
 import json
+import os
 import sys
-from contextlib import contextmanager, suppress
-from pathlib import Path
+import tempfile
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import distributed
 
-from data import DATASETS, DataError, batches, load
+import report
+from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, add_up, batches, load, load_tokenizer, share
 from metrics import evaluate
-from models import DEFAULT_MODEL, EmbeddingRows, ModelError, NLUModel, limit_vocabulary, load_tokenizer, losses, predictions
+from models import EmbeddingRows, NLUModel, limit_vocabulary, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, kept_size, select
-from report import append_line, environment, log_epoch, save_round, summary
 from scoring import SCORES, score
 
 
@@ -43,7 +44,7 @@ def train(model, data, schedule, args, clock, folder):
     for epoch in range(args.epochs):
         # All chance comes from (seed, epoch): no epoch depends on how many numbers an earlier one drew.
         rng = np.random.default_rng([args.seed, epoch])
-        torch.manual_seed(int(rng.integers(2**63)))
+        torch.manual_seed(int(rng.integers(2**62)) + int(os.environ.get("RANK", 0)))
 
         if schedule.prunes_at(epoch):
             with clock("score"):
@@ -51,21 +52,21 @@ def train(model, data, schedule, args, clock, folder):
             with clock("select"):
                 importance = smooth(scores)
                 kept = select(importance, args.keep, args.offset)
-                save_round(folder, epoch + 1, scores, importance, kept)  # on the clock, as only pruning needs it
+                report.save_round(folder, epoch + 1, scores, importance, kept)  # on the clock, as only pruning needs it
 
         model.train()
         loss_sum = torch.zeros((), device=args.device)
-        with clock("train"), progress(epoch, args.epochs, len(kept), n) as bar:
+        with clock("train"), report.progress(epoch, args.epochs, len(kept), n) as bar:
             for indices in batches(lengths, kept, args.batch_size, rng):
-                batch = data.train.batch(indices)
-                loss = losses(model(batch), batch).mean()
+                batch = data.train.batch(share(indices))
+                loss = losses(model(batch), batch).sum() / len(indices)
                 loss.backward()
                 optimizer.step(learning_rate(args, step / steps))
                 step += 1
                 loss_sum += loss.detach() * len(indices)
                 if bar.update(len(indices)):  # only when it was redrawn: reading the loss waits for the device
                     bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            mean_loss = loss_sum.item() / len(kept)
+            mean_loss = add_up(loss_sum).item() / len(kept)
         if not np.isfinite(mean_loss):
             raise RunError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr, or --precision fp32")
 
@@ -73,7 +74,7 @@ def train(model, data, schedule, args, clock, folder):
             dev = evaluate(data.dev, *predictions(model, data.dev), data.tags)
         log.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
                     "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
-        log_epoch(folder, log[-1], args.epochs, n)
+        report.log_epoch(folder, log[-1], args.epochs, n)
     optimizer.restore()
     return log
 
@@ -84,11 +85,10 @@ def learning_rate(args, done):
 
 
 class FlatAdamW:
-    """AdamW with clipping, on one flat fp32 vector of all weights; the model computes with a copy in its precision.
+    """torch.optim.AdamW after clip_grad_norm_, on one flat fp32 vector of all weights; the model works with a copy.
 
-    One vector takes one kernel for the norm and one for the step instead of hundreds; and in bf16, no pass casts weights
-    (mixed precision with master weights, Micikevicius et al. 2018). The mathematics of a step is that of
-    clip_grad_norm_ and torch.optim.AdamW, without weight decay.
+    One vector is one kernel for the norm, one for the step and one message between processes, not hundreds; and where
+    the copy is in bf16, no pass casts weights (mixed precision with master weights, Micikevicius et al. 2018).
     """
 
     def __init__(self, model, precision, clip):
@@ -101,9 +101,9 @@ class FlatAdamW:
         self.gradients = dict(zip(self.weights, self.views(self.master.grad)))
         for weight, view in zip(self.weights, self.views(self.copy)):
             weight.data = view
-        for module in model.modules():
-            if isinstance(module, EmbeddingRows):
-                module.gradient = self.gradients[module.weight]
+        self.tables = [module for module in model.modules() if isinstance(module, EmbeddingRows)]
+        for table in self.tables:
+            table.looked_up = []
 
     def views(self, flat):
         """A flat vector as one view for each weight, in the weight's shape."""
@@ -113,9 +113,11 @@ class FlatAdamW:
     def step(self, lr):
         """Update all weights from their gradients, and clear those."""
         for weight, gradient in self.gradients.items():
-            if weight.grad is not None:
-                gradient.copy_(weight.grad)
-                weight.grad = None
+            gradient.zero_() if weight.grad is None else gradient.copy_(weight.grad)
+            weight.grad = None
+        for table in self.tables:
+            table.add_gradient(self.gradients[table.weight])
+        add_up(self.master.grad)
         self.adam.param_groups[0]["lr"] = lr
         norm = self.master.grad.dot(self.master.grad).sqrt()
         self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)  # the step divides by it: no pass of its own
@@ -126,37 +128,6 @@ class FlatAdamW:
         """Give the model its weights in fp32, for saving."""
         for weight, view in zip(self.weights, self.views(self.master)):
             weight.data = view
-
-
-class Clock:
-    """Seconds by phase: `with clock("train"): …`. Waits for the device, so that work is billed to its phase."""
-
-    def __init__(self, device):
-        self.device, self.seconds, self.laps = torch.device(device), {}, {}
-
-    def now(self):
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
-        return time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase):
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
-
-    def lap(self):
-        """Seconds by phase since the last lap, without the phases that had none."""
-        lap = {phase: round(s - self.laps.get(phase, 0.0), 4) for phase, s in self.seconds.items()}
-        self.laps = dict(self.seconds)
-        return {phase: s for phase, s in lap.items() if s > 0}
-
-
-def progress(epoch, epochs, kept, n):
-    """A bar that counts examples; none where standard error is no terminal."""
-    return tqdm(total=kept, unit="ex", desc=f"epoch {epoch + 1}/{epochs}, {kept} of {n}", leave=False, disable=None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -226,38 +197,30 @@ def parse(argv):
         torch.empty(0, device=args.device).cpu()  # "meta" has no values to bring back
     except Exception as error:  # RuntimeError, AssertionError and others, by backend
         p.error(f"--device {args.device}: not to be had here: {str(error).splitlines()[0]}")
-    args.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16(args.device) else "fp32"
+    args.precision = args.precision if args.precision != "auto" else "bf16" if report.has_bf16(args.device) else "fp32"
     return args
 
 
-def has_bf16(device):
-    """Whether bf16 is in the hardware (on a CPU: AVX512-BF16 or AMX); where it is emulated, it is slower than fp32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent from some PyTorch versions
-    return torch.device(device).type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-
-def new_folder(args):
-    """A new folder for this run under --out. RunError where one cannot be made or results.jsonl not written."""
-    out = Path(args.out)
-    name = f"{args.dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        open(out / "results.jsonl", "a").close()
-        for suffix in ["", *(f"-{i}" for i in range(2, 100))]:  # runs of the same second
-            with suppress(FileExistsError):
-                (out / (name + suffix)).mkdir()
-                return out / (name + suffix)
-    except OSError as error:
-        raise RunError(f"--out {out}: {error.strerror} ({error.filename}); name a folder that can be written") from None
-    raise RunError(f"--out {out}: too many runs named {name}")
+@contextmanager
+def processes(args):
+    """Where torchrun starts several processes: join them. All but the first stay silent and leave nothing behind."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as silence:
+        if distributed.get_rank() > 0:
+            args.out, args.no_model, sys.stdout = scratch, True, silence
+        yield
+    distributed.destroy_process_group()
 
 
 def run(args, start=None):
     """Load, train, evaluate, save, record. start: perf_counter() from which loading counts (now). Returns the row that
     was appended to results.jsonl."""
-    clock = Clock(args.device)
+    clock = report.Clock(args.device)
     clock.seconds["load"] = time.perf_counter() - start if start else 0.0
     with clock("load"):
         tokenizer = load_tokenizer(args.model)
@@ -271,8 +234,8 @@ def run(args, start=None):
         limit_vocabulary(model, data)
         model.to(args.device)
         data.train, data.dev, data.test = (split.to(args.device) for split in (data.train, data.dev, data.test))
-        folder = new_folder(args)
-        facts = {"folder": str(folder), "args": vars(args), "environment": environment(args.device)}
+        folder = report.new_folder(args)
+        facts = {"folder": str(folder), "args": vars(args), "environment": report.environment(args.device)}
         (folder / "config.json").write_text(json.dumps(facts, indent=1))
     clock.lap()
     print(f"{args.dataset}: {n} train, {len(data.dev)} dev and {len(data.test)} test examples, {data.n_labels} labels, "
@@ -283,30 +246,20 @@ def run(args, start=None):
     with clock("evaluate"):
         test = evaluate(data.test, *predictions(model, data.test), data.tags)
 
-    seconds = dict(clock.seconds, total=sum(clock.seconds.get(phase, 0.0) for phase in ("train", "score", "select")))
-    full_epoch = float(np.median([line["seconds"]["train"] for line in log if line["kept"] == n]))
-    scoring_cost = seconds.get("score", 0.0) / max(schedule.rounds, 1) / full_epoch
-    row = {
-        **facts, "test": test, "dev": log[-1]["dev"], "seconds": {k: round(s, 3) for k, s in seconds.items()},
-        "steps": log[-1]["step"], "pruned_epochs": sum(line["kept"] < n for line in log),
-        "examples_seen": sum(line["kept"] for line in log), "examples_full": n * args.epochs,
-        "tokens_seen": sum(line["tokens"] for line in log), "tokens_full": int(data.train.lengths.sum()) * args.epochs,
-        "scoring_rounds": schedule.rounds, "scoring_cost": round(scoring_cost, 4),
-        "full_seconds": round(full_epoch * args.epochs, 3),  # estimated from the epochs that were full
-        "model_time": round(schedule.relative_time(scoring_cost), 4),
-        "curve": [line["dev"] for line in log],
-    }  # fmt: skip
-    append_line(folder.parent / "results.jsonl", row)  # before the model, whose 90 MB may not fit on the disk
+    row = {**facts, "test": test, **report.totals(data, schedule, clock, log)}
+    report.append_line(folder.parent / "results.jsonl", row)  # before the model, whose 90 MB may not fit on the disk
     if not args.no_model:
         model.save(folder / "model")
-    print("\n" + summary(row))
+    print("\n" + report.summary(row))
     return row
 
 
 def main(argv=None, start=None):
     """Exit status: 0 done, 2 bad input or a run that cannot go on, 130 interrupted."""
     try:
-        run(parse(argv), start)
+        args = parse(argv)
+        with processes(args):
+            run(args, start)
     except (DataError, ModelError, SelectionError, RunError, OSError) as error:  # OSError: a full disk, say
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
@@ -314,9 +267,12 @@ def main(argv=None, start=None):
         print("train.py: interrupted; the epochs that were finished are in the run's folder", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            print("train.py: error: out of memory; lower --batch-size or --max-length", file=sys.stderr)
+        elif distributed.is_initialized():
+            print(f"train.py: error: lost another process of this run ({str(error).splitlines()[0]})", file=sys.stderr)
+        else:
             raise
-        print("train.py: error: out of memory; lower --batch-size or --max-length", file=sys.stderr)
         return 2
     return 0
 

@@ -9,11 +9,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import demo
-from .encoding import IGNORE, LOST, Batch, Split, batches, encode, number_names
+from .encoding import (
+    DEFAULT_MODEL,
+    IGNORE,
+    LOST,
+    Batch,
+    ModelError,
+    Split,
+    add_up,
+    batches,
+    encode,
+    load_tokenizer,
+    number_names,
+    pretrained,
+    share,
+    sorted_batches,
+)
 from .readers import DataError, Examples, read_atis, read_snips
 
 __all__ = [
-    "DATASETS", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "Split", "batches", "encode", "load",
+    "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
+    "add_up", "batches", "encode", "load", "load_tokenizer", "pretrained", "share",
+    "sorted_batches",
 ]  # fmt: skip
 
 

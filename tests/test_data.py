@@ -4,26 +4,41 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import IGNORE, LOST, DataError, Examples, batches, demo, encode, load, read
+from data import (
+    DEFAULT_MODEL,
+    IGNORE,
+    LOST,
+    DataError,
+    Examples,
+    batches,
+    demo,
+    encode,
+    load,
+    load_tokenizer,
+    read,
+    share,
+    sorted_batches,
+)
 from data.encoding import number_names
 from data.readers import read_atis, read_parallel, read_snips
-from models import DEFAULT_MODEL, load_tokenizer
 
 # ---- batches
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=400), st.integers(1, 40), st.integers(0, 3), st.booleans())
-def test_batches_hold_every_index_once(lengths, batch_size, seed, shuffled):
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=400), st.integers(1, 40), st.integers(0, 3))
+def test_batches_hold_every_index_once(lengths, batch_size, seed):
     lengths = np.array(lengths)
     chosen = np.flatnonzero(np.random.default_rng(seed).random(len(lengths)) < 0.7)
-    cut = batches(lengths, chosen, batch_size, np.random.default_rng(seed) if shuffled else None, window=3)
+    cut = batches(lengths, chosen, batch_size, np.random.default_rng(seed), window=3)
     assert sorted(np.concatenate([*cut, []])) == list(chosen)
     assert len(cut) == -(-len(chosen) // batch_size)
     assert all(1 <= len(batch) <= batch_size for batch in cut)
@@ -40,9 +55,25 @@ def test_batches_are_shuffled_by_seed_and_hardly_padded(demo_data):
     assert 1 - lengths.sum() / sum(32 * lengths[batch].max() for batch in plain) > 0.2  # what bucketing is for
 
 
-def test_unshuffled_batches_start_with_the_longest():
-    lengths = np.array([3, 9, 5, 9, 1])
-    assert np.concatenate(batches(lengths, np.arange(5), 2)).tolist() == [1, 3, 2, 0, 4]
+def test_batches_for_inference_start_with_the_longest_and_have_a_limit(demo_data):
+    split, lengths = demo_data.dev, demo_data.dev.lengths
+    cut = sorted_batches(split, tokens=100)
+    assert np.concatenate(cut).tolist() == np.argsort(-lengths, kind="stable").tolist()
+    for batch, following in pairwise(cut):
+        longest = lengths[batch].max()
+        assert len(batch) * longest <= 100 < (len(batch) + 1) * longest and lengths[following].max() <= longest
+    assert all(len(batch) == 1 for batch in sorted_batches(split, tokens=1))
+
+
+def test_every_process_has_its_share(monkeypatch):
+    assert share([1, 2, 3]) == [1, 2, 3]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(share(np.arange(7)).tolist())
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 # ---- encoding

@@ -9,21 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
-from data import IGNORE, LOST, Dataset, Examples, encode
+from data import DEFAULT_MODEL, IGNORE, LOST, Dataset, Examples, ModelError, encode, load_tokenizer
+from data.encoding import local_copy
 from models import (
-    DEFAULT_MODEL,
     EmbeddingRows,
-    ModelError,
     NLUModel,
+    bert,
+    dropout,
+    hugging_face,
     infer,
+    is_bert,
     limit_vocabulary,
     load_encoder,
-    load_tokenizer,
-    local_copy,
     losses,
     predictions,
     restore_vocabulary,
+    softmax,
 )
 
 
@@ -58,7 +61,7 @@ def test_predictions_are_in_dataset_order_with_lost_words_marked(model, tokenize
     texts = [["play", "\u200b", "jazz"], ["wake", "me", "up", "at", "seven"], ["stop"]]
     examples = Examples(texts, ["x"] * 3, [["O"] * len(words) for words in texts])
     split = encode(examples, tokenizer, 128, {"x": 0}, {"O": 0})
-    labels, tags = predictions(model, split, batch_size=2)
+    labels, tags = predictions(model, split, tokens=14)
     assert (tags == LOST).tolist() == [False, True] + [False] * 7
     for i, words in enumerate(texts):
         alone = encode(examples.take([i]), tokenizer, 128, {"x": 0}, {"O": 0})
@@ -67,9 +70,59 @@ def test_predictions_are_in_dataset_order_with_lost_words_marked(model, tokenize
         assert label[0] == labels[i] and alone_tags.tolist() == tags[start : start + len(words)].tolist()
 
 
+@pytest.mark.parametrize("kind", [BertModel, RobertaModel])
+def test_our_encoder_is_transformers_encoder(kind, demo_data):
+    """In fp32, on batches with and without padding, one short and one long, with segments too."""
+    torch.manual_seed(1)
+    config = {BertModel: BertConfig, RobertaModel: RobertaConfig}[kind](
+        vocab_size=5000, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+        max_position_embeddings=64, type_vocab_size=2, pad_token_id=0)
+    encoder = kind(config, add_pooling_layer=False).eval()
+    for parameter in encoder.parameters():  # biases and norms start as 0 and 1: then an error in them would not show
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert is_bert(encoder)
+    order = np.argsort(demo_data.train.lengths)
+    for indices in (order[:1], order[-4:], order[[0, 5, -1]]):
+        batch = demo_data.train.batch(indices)
+        if kind is BertModel:
+            batch = batch._replace(types=torch.randint(2, batch.tokens.shape))
+        real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.mask is None else batch.mask
+        with torch.no_grad():
+            difference = (bert(encoder, batch) - hugging_face(encoder, batch)).abs()[real]
+        assert difference.max() < 2e-5
+
+
+def test_an_encoder_of_another_kind_goes_through_transformers():
+    config = DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    assert not is_bert(DistilBertModel(config))
+
+
+def test_dropout_drops_p_keeps_the_mean_and_its_gradient_is_its_mask():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 333, requires_grad=True)
+    y = dropout(x, 0.1)
+    y.sum().backward()
+    dropped = (y == 0).float().mean().item()
+    assert abs(dropped - 0.1) < 0.002  # 4 standard deviations
+    assert torch.allclose(y[y != 0], torch.tensor(1 / 0.9)) and torch.equal(x.grad, y)
+    assert abs(dropout(torch.ones(2**20), 0.5).mean().item() - 1) < 0.004
+    columns = (y == 0).float().mean(0)
+    assert columns.std() < 0.012  # √(0.09 / 1000) = 0.0095: no column is favoured
+    assert not torch.equal(dropout(x, 0.1), y)
+    assert dropout(x, 0.0) is x and dropout(x[:0], 0.1).shape == (0, 333)
+
+
+@pytest.mark.parametrize("length", [1, 12, 15, 16, 17, 40])
+def test_softmax_is_softmax(length):
+    x = torch.randn(3, 2, 5, length)
+    x[0, 0, :, length // 2 + 1 :] = -torch.inf
+    torch.testing.assert_close(softmax(x), torch.softmax(x, -1))
+
+
 def test_inference_is_without_dropout_and_leaves_the_mode_alone(model, demo_data):
     model.train()
-    one, two = (torch.cat([outputs[0] for _, outputs in infer(model, demo_data.dev)]) for _ in range(2))
+    cut = [np.arange(99), np.arange(99, 120)]
+    one, two = (torch.cat([outputs[0] for _, outputs in infer(model, demo_data.dev, cut)]) for _ in range(2))
     assert torch.equal(one, two) and model.training
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import report
 import train
-from data import batches, demo, load
-from models import DEFAULT_MODEL, NLUModel, load_tokenizer, predictions
+from data import DEFAULT_MODEL, batches, demo, load, load_tokenizer
+from models import NLUModel, predictions
 from pruning import Smoother, select
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,7 @@ def test_dev_and_test_do_not_touch_training(run, monkeypatch):
 def test_runs_of_the_same_second_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "now")
     args = train.parse(["--out", str(tmp_path)])
-    assert len({train.new_folder(args) for _ in range(3)}) == 3
+    assert len({report.new_folder(args) for _ in range(3)}) == 3
 
 
 def test_scores_that_are_no_numbers_stop_the_run(tiny, tmp_path, monkeypatch, capsys):
