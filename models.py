@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, BertModel, RobertaModel
 
-from data import IGNORE, LOST, Dataset, Examples, ModelError, encode, load_tokenizer, pretrained, sorted_batches
+from data import IGNORE, LOST, Dataset, Examples, ModelError, add_up, encode, load_tokenizer, sorted_batches
+from data.encoding import pretrained
 
 
 def load_encoder(name):
@@ -35,8 +36,8 @@ def load_encoder(name):
 
 def max_tokens(encoder, tokenizer):
     """Longest input of an encoder, special tokens included."""
-    limits = [tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 0), 2**15 - 1]
-    limits[1] -= first_position(encoder)
+    positions = getattr(encoder.config, "max_position_embeddings", 0) - first_position(encoder)
+    limits = [tokenizer.model_max_length, positions, 2**15 - 1]
     return min(limit for limit in limits if limit > 0)
 
 
@@ -143,8 +144,8 @@ def hugging_face(encoder, batch):
 
 def is_bert(encoder):
     """Whether `bert` computes what `encoder` does."""
-    config = encoder.config
-    return type(encoder) in (BertModel, RobertaModel) and config.hidden_act == "gelu" and not config.is_decoder
+    kind, config = type(encoder), encoder.config
+    return kind in (BertModel, RobertaModel) and config.hidden_act == "gelu" and not config.is_decoder
 
 
 def bert(encoder, batch):
@@ -152,9 +153,9 @@ def bert(encoder, batch):
     value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead."""
     tables, config, (B, L) = encoder.embeddings, encoder.config, batch.tokens.shape
     p, p_attention = (encoder.training * q for q in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
-    first = first_position(encoder)
     types = tables.token_type_embeddings.weight[0] if batch.types is None else tables.token_type_embeddings(batch.types)
-    x = tables.word_embeddings(batch.tokens) + (tables.position_embeddings.weight[first : first + L] + types)
+    positions = tables.position_embeddings.weight[first_position(encoder) :][:L]
+    x = tables.word_embeddings(batch.tokens) + (positions + types)
     x = dropout(tables.LayerNorm(x), p).flatten(0, 1)
     bias = 0
     if batch.mask is not None:
@@ -166,8 +167,7 @@ def bert(encoder, batch):
         attention = softmax(query * query.shape[-1] ** -0.5 @ key.mT + bias)
         seen = (dropout(attention, p_attention) @ value).transpose(1, 2).reshape(B * L, -1)
         x = output.LayerNorm(x + dropout(output.dense(seen), p))
-        inner = F.gelu(layer.intermediate.dense(x))
-        x = layer.output.LayerNorm(x + dropout(layer.output.dense(inner), p))
+        x = layer.output.LayerNorm(x + dropout(layer.output.dense(F.gelu(layer.intermediate.dense(x))), p))
     return x.view(B, L, -1)
 
 
@@ -284,3 +284,49 @@ def restore_vocabulary(model):
         with torch.no_grad():
             table.weight[rows.used] = rows.weight.to(table.weight.device)
         model.encoder.set_input_embeddings(table.to(rows.weight.device))
+
+
+class FlatAdamW:
+    """torch.optim.AdamW after clip_grad_norm_, on one flat fp32 vector of all weights; the model works with a copy.
+
+    One vector is one kernel for the norm, one for the step and one message between processes, not hundreds; and where
+    the copy is in bf16, no pass casts weights (mixed precision with master weights, Micikevicius et al. 2018).
+    """
+
+    def __init__(self, model, precision, clip):
+        self.weights, self.clip = list(model.parameters()), clip
+        self.master = torch.cat([weight.detach().flatten().float() for weight in self.weights])
+        self.master.grad = torch.zeros_like(self.master)
+        self.copy = self.master.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])  # itself in fp32
+        self.adam = torch.optim.AdamW([self.master], weight_decay=0.0, fused=True)
+        self.adam.found_inf = torch.zeros((), device=self.master.device)
+        self.gradients = dict(zip(self.weights, self.views(self.master.grad)))
+        for weight, view in zip(self.weights, self.views(self.copy)):
+            weight.data = view
+        self.tables = [module for module in model.modules() if isinstance(module, EmbeddingRows)]
+        for table in self.tables:
+            table.looked_up = []
+
+    def views(self, flat):
+        """A flat vector as one view for each weight, in the weight's shape."""
+        sizes = [weight.numel() for weight in self.weights]
+        return [part.view(weight.shape) for part, weight in zip(flat.split(sizes), self.weights)]
+
+    def step(self, lr):
+        """Update all weights from their gradients, and clear those."""
+        for weight, gradient in self.gradients.items():
+            gradient.zero_() if weight.grad is None else gradient.copy_(weight.grad)
+            weight.grad = None
+        for table in self.tables:
+            table.add_gradient(self.gradients[table.weight])
+        add_up(self.master.grad)
+        self.adam.param_groups[0]["lr"] = lr
+        norm = self.master.grad.dot(self.master.grad).sqrt()
+        self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)  # the step divides by it: no pass of its own
+        self.adam.step()
+        self.copy.copy_(self.master)
+
+    def restore(self):
+        """Give the model its weights in fp32; the optimizer is of no use after this."""
+        for weight, view in zip(self.weights, self.views(self.master)):
+            weight.data = view

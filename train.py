@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import distributed
 import report
 from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, add_up, batches, load, load_tokenizer, share
 from metrics import evaluate
-from models import EmbeddingRows, NLUModel, limit_vocabulary, losses, predictions
+from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, kept_size, select
 from scoring import SCORES, score
 
@@ -61,7 +61,7 @@ def train(model, data, schedule, args, clock, folder):
                 batch = data.train.batch(share(indices))
                 loss = losses(model(batch), batch).sum() / len(indices)
                 loss.backward()
-                optimizer.step(learning_rate(args, step / steps))
+                optimizer.step(args.lr * (1 - step / steps) if args.schedule == "linear" else args.lr)
                 step += 1
                 loss_sum += loss.detach() * len(indices)
                 if bar.update(len(indices)):  # only when it was redrawn: reading the loss waits for the device
@@ -79,67 +79,11 @@ def train(model, data, schedule, args, clock, folder):
     return log
 
 
-def learning_rate(args, done):
-    """The learning rate after a share `done` of all training steps."""
-    return args.lr * (1 - done) if args.schedule == "linear" else args.lr
-
-
-class FlatAdamW:
-    """torch.optim.AdamW after clip_grad_norm_, on one flat fp32 vector of all weights; the model works with a copy.
-
-    One vector is one kernel for the norm, one for the step and one message between processes, not hundreds; and where
-    the copy is in bf16, no pass casts weights (mixed precision with master weights, Micikevicius et al. 2018).
-    """
-
-    def __init__(self, model, precision, clip):
-        self.weights, self.clip = list(model.parameters()), clip
-        self.master = torch.cat([weight.detach().flatten().float() for weight in self.weights])
-        self.master.grad = torch.zeros_like(self.master)
-        self.copy = self.master.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])  # itself in fp32
-        self.adam = torch.optim.AdamW([self.master], weight_decay=0.0, fused=True)
-        self.adam.found_inf = torch.zeros((), device=self.master.device)
-        self.gradients = dict(zip(self.weights, self.views(self.master.grad)))
-        for weight, view in zip(self.weights, self.views(self.copy)):
-            weight.data = view
-        self.tables = [module for module in model.modules() if isinstance(module, EmbeddingRows)]
-        for table in self.tables:
-            table.looked_up = []
-
-    def views(self, flat):
-        """A flat vector as one view for each weight, in the weight's shape."""
-        sizes = [weight.numel() for weight in self.weights]
-        return [part.view(weight.shape) for part, weight in zip(flat.split(sizes), self.weights)]
-
-    def step(self, lr):
-        """Update all weights from their gradients, and clear those."""
-        for weight, gradient in self.gradients.items():
-            gradient.zero_() if weight.grad is None else gradient.copy_(weight.grad)
-            weight.grad = None
-        for table in self.tables:
-            table.add_gradient(self.gradients[table.weight])
-        add_up(self.master.grad)
-        self.adam.param_groups[0]["lr"] = lr
-        norm = self.master.grad.dot(self.master.grad).sqrt()
-        self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)  # the step divides by it: no pass of its own
-        self.adam.step()
-        self.copy.copy_(self.master)
-
-    def restore(self):
-        """Give the model its weights in fp32, for saving."""
-        for weight, view in zip(self.weights, self.views(self.master)):
-            weight.data = view
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers bad flags with one line; argparse would print the whole usage before it."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def parse(argv):
     """Flags to a namespace, checked. Exits with status 2 and one line where a value makes no sense."""
-    p = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message} (see --help)\n")  # without the whole usage
     add = p.add_argument
     add("--dataset", default="demo", metavar="NAME", help=f"one of: {', '.join(DATASETS)} (demo)")
     add("--data-dir", metavar="DIR", help="folder of the raw datasets ($DATA_DIR, or data/raw)")
@@ -210,10 +154,12 @@ def processes(args):
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as silence:
-        if distributed.get_rank() > 0:
-            args.out, args.no_model, sys.stdout = scratch, True, silence
+    if distributed.get_rank() == 0:
         yield
+    else:
+        with tempfile.TemporaryDirectory() as args.out, open(os.devnull, "w") as silence, redirect_stdout(silence):
+            args.no_model = True
+            yield
     distributed.destroy_process_group()
 
 

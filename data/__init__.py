@@ -21,7 +21,6 @@ from .encoding import (
     encode,
     load_tokenizer,
     number_names,
-    pretrained,
     share,
     sorted_batches,
 )
@@ -29,7 +28,7 @@ from .readers import DataError, Examples, read_atis, read_snips
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "add_up", "batches", "encode", "load", "load_tokenizer", "pretrained", "share",
+    "add_up", "batches", "encode", "load", "load_tokenizer", "share",
     "sorted_batches",
 ]  # fmt: skip
 

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import torch
 import report
 import train
 from data import DEFAULT_MODEL, batches, demo, load, load_tokenizer
-from models import NLUModel, predictions
+from models import FlatAdamW, NLUModel, hugging_face, limit_vocabulary, losses, predictions, restore_vocabulary
 from pruning import Smoother, select
 
 ROOT = Path(__file__).parents[1]
@@ -267,3 +269,131 @@ def test_ctrl_c_ends_with_one_line_and_keeps_finished_epochs(tiny, tmp_path):
 def test_a_short_run_on_real_data(run, raw):
     row, _ = run("--dataset", "snips", "--data-dir", raw, "--model", DEFAULT_MODEL, "--lr", "3e-4")
     assert row["test"]["intent_acc"] > 60  # of seven intents, after 400 utterances
+
+
+# ---- the engine
+
+
+def textbook_losses(model, data, cut, clip):
+    """The loss of each batch, in the order a textbook would train on them."""
+    model.encode = hugging_face
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    curve = []
+    for indices in cut:
+        batch = data.train.batch(indices)
+        loss = losses(model(batch), batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        curve.append(loss.item())
+    return curve
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_a_step_has_the_mathematics_of_the_textbook_loop(tiny, tokenizer, demo_data, clip):
+    """Same batches, no dropout, fp32: the same loss curve and the same weights in the end."""
+    cut = batches(demo_data.train.lengths, np.arange(640), 32, np.random.default_rng(0))
+    plain, ours = (NLUModel.build(tiny, tokenizer, demo_data, seed=3).eval() for _ in range(2))
+    wanted = textbook_losses(plain, demo_data, cut, clip)
+    limit_vocabulary(ours, demo_data)
+    optimizer, curve = FlatAdamW(ours, "fp32", clip), []
+    for indices in cut:
+        batch = demo_data.train.batch(indices)
+        loss = losses(ours(batch), batch).mean()
+        loss.backward()
+        optimizer.step(1e-3)
+        curve.append(loss.item())
+    assert wanted[-1] < 0.7 * wanted[0]
+    np.testing.assert_allclose(curve, wanted, rtol=1e-4)
+    optimizer.restore()
+    restore_vocabulary(ours)
+    for (name, weight), other in zip(plain.named_parameters(), ours.parameters()):
+        torch.testing.assert_close(other, weight, rtol=0, atol=2e-4, msg=name)
+
+
+def test_gradients_of_several_batches_add_up_and_a_batch_may_be_empty(tiny, tokenizer, demo_data):
+    def stepped(*parts):
+        model = NLUModel.build(tiny, tokenizer, demo_data, seed=3).eval()
+        limit_vocabulary(model, demo_data)
+        optimizer = FlatAdamW(model, "fp32", 1e9)
+        for indices in parts:
+            batch = demo_data.train.batch(indices)
+            (losses(model(batch), batch).sum() / 32).backward()
+        optimizer.step(1e-3)
+        return optimizer.master.grad
+
+    everything = np.arange(32)
+    whole = stepped(everything)
+    torch.testing.assert_close(stepped(everything[::2], everything[1::2]), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stepped(everything[:0], everything), whole)
+    assert stepped(everything[:0]).count_nonzero() == 0
+
+
+def test_in_bf16_the_model_works_with_a_rounded_copy_and_leaves_in_fp32(model, demo_data):
+    optimizer = FlatAdamW(model, "bf16", 1.0)
+    batch = demo_data.train.batch(np.arange(16))
+    losses(model(batch), batch).mean().backward()
+    optimizer.step(1e-5)
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    assert torch.equal(torch.cat([w.detach().flatten() for w in model.parameters()]), optimizer.master.bfloat16())
+    optimizer.restore()
+    assert torch.equal(torch.cat([weight.detach().flatten() for weight in model.parameters()]), optimizer.master)
+
+
+# ---- several processes
+
+
+@pytest.fixture
+def still(tiny, tmp_path):
+    """The tiny model without dropout, whose random numbers differ between processes."""
+    shutil.copytree(tiny, tmp_path / "still")
+    config = json.loads((tmp_path / "still" / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tmp_path / "still" / "config.json").write_text(json.dumps(config))
+    return str(tmp_path / "still")
+
+
+def flags(model, out):
+    return ["train.py", "--model", model, "--max-train", "333", "--epochs", "4", "--full-epochs", "2", "--lr", "1e-3",
+            "--precision", "fp32", "--device", "cpu", "--keep", "0.5", "--out", str(out)]  # 333 % 32 is odd
+
+
+def test_two_processes_do_what_one_does(still, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, *flags(still, tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test   intent_acc") == 1  # one process speaks
+    one = train.run(train.parse(flags(still, tmp_path / "one")[1:]))
+    two, = (json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines())
+    assert two["environment"]["processes"] == 2 and one["environment"]["processes"] == 1
+    assert two["steps"] == one["steps"]
+    first, second = (read_rounds(Path(row["folder"]))["epoch-003.npz"] for row in (one, two))
+    np.testing.assert_allclose(second["scores"], first["scores"], atol=2e-4)  # rounding, after 22 steps of Adam
+    assert np.mean(first["keep"] != second["keep"]) < 0.02
+    for name, value in one["test"].items():
+        assert two["test"][name] == pytest.approx(value, abs=2.0)
+
+
+def test_a_process_that_dies_ends_the_run_with_an_error(still, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in "01":
+        environ = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                   "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen([sys.executable, *flags(still, tmp_path / "runs"), "--epochs", "999"], cwd=ROOT,
+                                      env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    first, second = ranks
+    try:
+        while "epoch  1" not in (line := first.stdout.readline()):
+            assert line, first.stderr.read()  # it ended before
+        second.kill()
+        _, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        second.kill()
+    assert first.returncode == 2
+    assert [line for line in errors.splitlines() if line.startswith("train.py: error: lost another process")]
+    assert "Traceback" not in errors
