@@ -8,9 +8,9 @@ Every figure is a median over rounds in which all variants take turns, so that a
 import argparse
 import copy
 import json
-import resource
 import statistics
 import sys
+import tempfile
 import time
 import tracemalloc
 from dataclasses import replace
@@ -27,47 +27,51 @@ from pruning import Schedule, Smoother, select
 from scoring import SCORES, score
 
 
-def textbook(args, tokenizer, data):
+def textbook(args, tokenizer, data, precision):
     """Generators that train one batch, and score one batch, at every next(): as one would write it without a thought
-    for speed. The model is transformers', batches come from one shuffle and are padded to their longest example."""
+    for speed. The model is transformers', under autocast in bf16; batches come from one shuffle, scores in dataset
+    order, and are padded to their longest example."""
     model = NLUModel.build(args.model, tokenizer, data, args.seed).to(args.device)
-    model.encode = hugging_face
+    model.hidden_states = hugging_face
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     n, size = len(data.train), args.batch_size
+
+    def autocast():
+        return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=precision == "bf16")
 
     def training():
         while True:
             order = np.random.permutation(n)
-            for start in range(0, n - size + 1, size):
+            for start in range(0, n, size):
                 model.train()
                 batch = data.train.batch(order[start : start + size])
-                loss = losses(model(batch), batch).mean()
+                with autocast():
+                    loss = losses(model(batch), batch).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
                 optimizer.step()
-                yield size
+                yield len(batch.indices)
 
     def scoring():
         while True:
-            for start in range(0, n - size + 1, size):
+            for start in range(0, n, size):
                 model.eval()
-                batch = data.train.batch(np.arange(start, start + size))
-                with torch.no_grad():
+                batch = data.train.batch(np.arange(start, min(start + size, n)))
+                with torch.no_grad(), autocast():
                     SCORES["el2n"](model(batch), batch)
-                yield size
+                yield len(batch.indices)
 
     return training(), scoring()
 
 
 def engine(args, tokenizer, data, precision):
-    """The same of this engine: the step of train.py's loop and a batch of scoring.py's pass. Returns the generators,
-    the model, and a clock with the parts of a step."""
+    """The same of this engine: the step of train.py's loop and the batches of scoring.py's pass; and the model."""
     model = NLUModel.build(args.model, tokenizer, data, args.seed)
     limit_vocabulary(model, data)
     optimizer = FlatAdamW(model.to(args.device), precision, args.clip)
-    clock = report.Clock(args.device)
     rng, everything = np.random.default_rng(args.seed), np.arange(len(data.train))
+    clock = report.Clock("cpu")  # for the parts of a step; a GPU would have to be waited for, which no step does
 
     def training():
         while True:
@@ -81,6 +85,7 @@ def engine(args, tokenizer, data, precision):
                     loss.backward()
                 with clock("optimizer"):
                     optimizer.step(args.lr)
+                clock.seconds["steps"] = clock.seconds.get("steps", 0) + 1
                 yield len(indices)
 
     def scoring():
@@ -94,19 +99,19 @@ def engine(args, tokenizer, data, precision):
     return training(), scoring(), model, clock
 
 
-def alternate(variants, rounds, seconds):
+def alternate(variants, args):
     """Examples per second of each variant: the median over rounds, in each of which it has had its turn.
 
     variants: {name: generator that yields how many examples it has just done}. The first round warms up, uncounted.
     """
-    rates = {name: [] for name in variants}
-    for counted in [False] + [True] * rounds:
+    rates, now = {name: [] for name in variants}, report.Clock(args.device).now
+    for counted in [False] + [True] * args.rounds:
         for name, work in variants.items():
-            done, start = 0, time.perf_counter()
-            while (spent := time.perf_counter() - start) < seconds:
+            done, start = 0, now()
+            while time.perf_counter() - start < args.seconds:
                 done += next(work)
             if counted:
-                rates[name].append(done / spent)
+                rates[name].append(done / (now() - start))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -125,19 +130,18 @@ def padding(lengths, cut):
     return 1 - sum(lengths[batch].sum() for batch in cut) / sum(len(batch) * lengths[batch].max() for batch in cut)
 
 
-def same_losses(args, tokenizer, data, steps=20):
+def loss_difference(args, tokenizer, data, steps=20):
     """Largest relative difference between the losses of the textbook's step and ours in fp32, on the same batches.
     Without dropout, whose random numbers differ."""
     curves = []
     for ours in (False, True):
-        model = NLUModel.build(args.model, tokenizer, data, args.seed)
+        model = NLUModel.build(args.model, tokenizer, data, args.seed).eval()
         if ours:
             limit_vocabulary(model, data)
-            optimizer = FlatAdamW(model, "fp32", args.clip)
+            optimizer = FlatAdamW(model.to(args.device), "fp32", args.clip)
         else:
-            model.encode = hugging_face
-            optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-        model.eval()
+            model.hidden_states = hugging_face
+            optimizer = torch.optim.AdamW(model.to(args.device).parameters(), lr=args.lr, weight_decay=0.0)
         curve = []
         for indices in batches(data.train.lengths, np.arange(len(data.train)), 32, np.random.default_rng(0))[:steps]:
             batch = data.train.batch(indices)
@@ -154,16 +158,22 @@ def same_losses(args, tokenizer, data, steps=20):
     return float(np.max(np.abs(curves[1] / curves[0] - 1)))
 
 
-def same_scores(model, split):
+def score_difference(model, split):
     """Differences of EL2N from the textbook's (transformers' encoder, fp32, batches of 32 in dataset order), for the
-    weights of `model`, over a whole split: {"fp32": …, "bf16": …}, each an array (N,)."""
+    weights of `model`, over a whole split; and which share of the kept half is another in bf16."""
     model = copy.deepcopy(model).float()
-    model.encode, encode = hugging_face, model.encode
+    model.hidden_states, ours = hugging_face, model.hidden_states
     plain = np.split(np.arange(len(split)), range(32, len(split), 32))
     wanted = torch.cat([SCORES["el2n"](outputs, batch) for batch, outputs in infer(model, split, plain)]).cpu().numpy()
-    model.encode = encode
-    fp32 = score(model, split, "el2n", None)
-    return {"fp32": np.abs(fp32 - wanted), "bf16": np.abs(score(model.bfloat16(), split, "el2n", None) - wanted)}
+    model.hidden_states = ours
+    got = {"fp32": score(model, split, "el2n", None), "bf16": score(model.bfloat16(), split, "el2n", None)}
+    return {
+        precision: {
+            "largest": float(np.abs(scores - wanted).max()), "median": float(np.median(np.abs(scores - wanted))),
+            "other kept": 1 - len(np.intersect1d(select(scores, 0.5), select(wanted, 0.5))) / round(len(split) / 2),
+        }
+        for precision, scores in got.items()
+    }  # fmt: skip
 
 
 def tile(split, n):
@@ -174,7 +184,7 @@ def tile(split, n):
         return flat.repeat(times)[: repeated_offsets(offsets)[-1]]
 
     def repeated_offsets(offsets):
-        return torch.cat([torch.zeros(1, dtype=torch.int64), offsets.diff().repeat(times).cumsum(0)])[: n + 1]
+        return torch.cat([offsets.new_zeros(1), offsets.diff().repeat(times).cumsum(0)])[: n + 1]
 
     words = {} if split.word_tags is None else {
         "tags": repeated(split.tags, split.offsets), "word_tags": repeated(split.word_tags, split.word_offsets),
@@ -199,98 +209,110 @@ def bytes_per_example(split, keep):
     return (sum(array.nbytes for array in arrays) + peak) / len(split)
 
 
+def selection_seconds(scores):
+    """Seconds of all that a round does after scoring, in train.py's order: smoothing, selecting, writing the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        smooth = Smoother(0.8, 1.0)
+        smooth(scores)
+        start = time.perf_counter()
+        importance = smooth(scores)
+        report.save_round(Path(folder), 1, scores, importance, select(importance, 0.5))
+        return time.perf_counter() - start
+
+
 def measure(args):
     """All figures, as {name: value}; rates in examples a second, times in seconds, shares from 0 to 1."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(args.model)
     data = load(args.dataset, tokenizer, args.data_dir, max_train=args.max_train)
     data.train = data.train.to(args.device)
-    n, everything, lengths = len(data.train), np.arange(len(data.train)), data.train.lengths
-    result = {"dataset": args.dataset, "examples": n, "batch_size": args.batch_size,
-              "environment": report.environment(args.device)}  # fmt: skip
+    n, lengths = len(data.train), data.train.lengths
+    precisions = ["fp32", "bf16"] if report.has_bf16(args.device) else ["fp32"]
+    best = precisions[-1]
+    ours = {best: engine(args, tokenizer, data, best)}
+    next(ours[best][0])
+    result = {"dataset": args.dataset, "examples": n, "batch size": args.batch_size,
+              "environment": report.environment(args.device), "start-up": time.perf_counter() - started}  # fmt: skip
+    for _ in range(args.steps - 1):  # the scores that are compared below are those of a model that has learned
+        next(ours[best][0])
+    result["score difference"] = score_difference(ours[best][2], data.train)
+    result["loss difference"] = loss_difference(args, tokenizer, data)
+    scores = score(ours[best][2], data.train, "el2n", None)
 
-    plain_training, plain_scoring = textbook(args, tokenizer, data)
-    variants = {"textbook training": plain_training, "textbook scoring": plain_scoring}
-    engines = {precision: engine(args, tokenizer, data, precision) for precision in args.precisions}
-    next(engines[args.precisions[0]][0])
-    result["start_up"] = time.perf_counter() - started  # without the imports
-    for precision, (training, scoring, *_) in engines.items():
-        variants |= {f"{precision} training": training, f"{precision} scoring": scoring}
-    result["rates"] = alternate(variants, args.rounds, args.seconds)
-    for precision, (*_, clock) in engines.items():
-        steps = sum(clock.seconds.values())
-        result[f"parts of a step, {precision}"] = {part: s / steps for part, s in clock.seconds.items()}
+    variants = {}
+    for precision in precisions:
+        ours.setdefault(precision, engine(args, tokenizer, data, precision))
+        plain = textbook(args, tokenizer, data, precision)
+        variants |= {f"textbook {precision} training": plain[0], f"textbook {precision} scoring": plain[1],
+                     f"engine {precision} training": ours[precision][0],
+                     f"engine {precision} scoring": ours[precision][1]}  # fmt: skip
+        ours[precision][3].seconds.clear()
+    rates = result["rates"] = alternate(variants, args)
+    result["step"] = {precision: dict(ours[precision][3].seconds) for precision in precisions}
+    for parts in result["step"].values():
+        steps = parts.pop("steps")
+        parts.update({part: seconds / steps for part, seconds in parts.items()})
 
     shuffled = np.random.default_rng(0).permutation(n)
     result["padding"] = {
         "textbook": padding(lengths, np.split(shuffled, range(args.batch_size, n, args.batch_size))),
-        "training": padding(lengths, batches(lengths, everything, args.batch_size, np.random.default_rng(0))),
+        "training": padding(lengths, batches(lengths, np.arange(n), args.batch_size, np.random.default_rng(0))),
         "scoring": padding(lengths, sorted_batches(data.train)),
     }
-    result["loss, largest relative difference in fp32"] = same_losses(args, tokenizer, data)
-    for precision, difference in same_scores(engines["fp32"][2], data.train).items():
-        result[f"score, difference in {precision}"] = {
-            "largest": float(difference.max()), "99 %": float(np.quantile(difference, 0.99)),
-            "median": float(np.median(difference))}  # fmt: skip
 
-    # What pruning costs, from the rates above and what EL2N would keep now.
-    best = args.precisions[-1]
-    scores = score(engines[best][2], data.train, "el2n", None)
-    seconds = n / result["rates"][f"{best} scoring"] + timed(lambda: select(scores, 0.5))
-    full, tokens = n / result["rates"][f"{best} training"], lengths[select(scores, 0.5)].sum() / lengths.sum()
+    # What pruning costs, from these rates and from what EL2N would keep now.
+    round_ = n / rates[f"engine {best} scoring"] + selection_seconds(scores)
+    full, tokens = n / rates[f"engine {best} training"], lengths[select(scores, 0.5)].sum() / lengths.sum()
+    result["pruning"] = {}
     for epochs, cycle in ((10, 2), (40, 4)):
-        schedule = Schedule(epochs, cycle, cycle, 0.5)
-        total = full * (cycle + tokens * (epochs - cycle)) + seconds * schedule.rounds
-        result[f"overhead of pruning, T = {cycle}, {epochs} epochs"] = seconds * schedule.rounds / total
+        rounds = Schedule(epochs, cycle, cycle, 0.5).rounds
+        total = full * (cycle + tokens * (epochs - cycle)) + round_ * rounds
+        result["pruning"][f"T = {cycle}, {epochs} epochs"] = {
+            "overhead": round_ * rounds / total, "saved": 1 - total / (full * epochs),
+            "saved if scoring were free": 1 - (total - round_ * rounds) / (full * epochs)}  # fmt: skip
 
     # Growth: the same examples many times over.
     big = replace(data, train=tile(data.train, args.grown))
-    training, scoring, *_ = engine(args, tokenizer, big, best)
-    grown = alternate({"small training": engines[best][0], "training": training,
-                       "small scoring": engines[best][1], "scoring": scoring}, args.rounds, args.seconds)  # fmt: skip
+    grown = engine(args, tokenizer, big, best)
+    rates = alternate({"training": ours[best][0], "grown training": grown[0],
+                       "scoring": ours[best][1], "grown scoring": grown[1]}, args)  # fmt: skip
     random = np.random.default_rng(0).random(args.grown, dtype=np.float32)
     result["growth"] = {
-        "examples": args.grown, "training": grown["training"] / grown["small training"],
-        "scoring": grown["scoring"] / grown["small scoring"],
+        "examples": args.grown,
+        "training": rates["grown training"] / rates["training"], "scoring": rates["grown scoring"] / rates["scoring"],
         "select": timed(lambda: select(random, 0.5)),
-        "cut into batches": timed(
-            lambda: batches(big.train.lengths, np.arange(args.grown), args.batch_size, np.random.default_rng(0))),
-        "bytes an example": bytes_per_example(big.train, 0.5),
+        "batches": timed(lambda: batches(big.train.lengths, np.arange(args.grown), 32, np.random.default_rng(0))),
+        "bytes": bytes_per_example(big.train, 0.5), "tokens": float(big.train.lengths.mean()),
     }  # fmt: skip
-    result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return result
 
 
 def table(result):
     """Markdown. result: of `measure`."""
     rates, growth = result["rates"], result["growth"]
-    lines = ["| | training, examples/s | × textbook | scoring, examples/s | × textbook |", "|" + " --- |" * 5]
-    for name in dict.fromkeys(variant.split()[0] for variant in rates):
-        a, b = rates[f"{name} training"], rates[f"{name} scoring"]
-        label = "textbook, fp32" if name == "textbook" else f"this engine, {name}"
-        lines.append(f"| {label} | {a:.0f} | {a / rates['textbook training']:.2f} | {b:.0f} | "
-                     f"{b / rates['textbook scoring']:.2f} |")
+    lines = ["| examples/s | training | × textbook in fp32 | scoring | × textbook in fp32 |", "|" + " --- |" * 5]
+    for name in dict.fromkeys(variant.rpartition(" ")[0] for variant in rates):
+        columns = [f"{rates[f'{name} {work}']:.0f} | {rates[f'{name} {work}'] / rates[f'textbook fp32 {work}']:.2f}"
+                   for work in ("training", "scoring")]  # fmt: skip
+        lines.append(f"| {name.replace(' bf16', ', bf16').replace(' fp32', ', fp32')} | {' | '.join(columns)} |")
     lines += ["", "| | |", "| --- | --- |"]
-    for name, value in result.items():
-        if name.startswith("parts"):
-            ms = 1000 * result["batch_size"] / rates[f"{name.split()[-1]} training"]
-            lines.append(f"| {name} | {', '.join(f'{part} {share * ms:.1f}' for part, share in value.items())} ms |")
-        elif name.startswith("score,"):
-            lines.append(f"| {name} | {', '.join(f'{which} {x:.1g}' for which, x in value.items())} |")
-        elif name.startswith("loss"):
-            lines.append(f"| {name} | {value:.1g} |")
-        elif name.startswith("overhead"):
-            lines.append(f"| {name}, of the time | {value:.1%} |")
+    for precision, parts in result["step"].items():
+        lines.append(f"| a step, {precision} | {', '.join(f'{part} {1000 * s:.1f}' for part, s in parts.items())} ms |")
+    lines.append(f"| padding | {', '.join(f'{name} {share:.1%}' for name, share in result['padding'].items())} |")
+    lines.append(f"| losses of 20 fp32 steps | differ by at most {result['loss difference']:.0e} of themselves |")
+    for precision, difference in result["score difference"].items():
+        lines.append(f"| EL2N in {precision} | differs by at most {difference['largest']:.0e}, in the median by "
+                     f"{difference['median']:.0e}; of the kept half, {difference['other kept']:.2%} are others |")
+    for name, cost in result["pruning"].items():
+        lines.append(f"| pruning, {name} | {cost['overhead']:.1%} of the time; {cost['saved']:.1%} saved, "
+                     f"{cost['saved if scoring were free']:.1%} if scoring were free |")
     lines += [
-        f"| padding | {', '.join(f'{name} {value:.1%}' for name, value in result['padding'].items())} |",
-        f"| rate at {growth['examples']:,} examples, against {result['examples']:,} | "
-        f"training {growth['training']:.2f}, scoring {growth['scoring']:.2f} |",
-        f"| there: selection, cutting into batches | {1000 * growth['select']:.0f} ms, "
-        f"{1000 * growth['cut into batches']:.0f} ms |",
-        f"| memory for each example | {growth['bytes an example']:.0f} bytes |",
-        f"| start-up without imports, peak memory of this benchmark | {result['start_up']:.1f} s, "
-        f"{result['peak_memory_mib']:.0f} MiB |",
-        "", f"{result['dataset']}, batch {result['batch_size']}, on {report.machine(result)}, "
+        f"| with {growth['examples']:,} examples instead of {result['examples']:,} | rate of training × "
+        f"{growth['training']:.2f}, of scoring × {growth['scoring']:.2f}; selection {1000 * growth['select']:.0f} ms, "
+        f"cutting into batches {1000 * growth['batches']:.0f} ms |",
+        f"| memory for each example | {growth['bytes']:.0f} bytes, at {growth['tokens']:.1f} tokens |",
+        f"| start-up to the first step, without imports | {result['start-up']:.1f} s |",
+        "", f"{result['dataset']}, batch size {result['batch size']}, {report.machine(result)}, "
         f"{result['environment']['threads']} threads, torch {result['environment']['torch']}.",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -303,16 +325,16 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="as in train.py")
     p.add_argument("--model", default=DEFAULT_MODEL, help="as in train.py")
     p.add_argument("--max-train", type=int, help="as in train.py")
+    p.add_argument("--steps", type=int, default=800, help="steps of training before scores are compared (800)")
     p.add_argument("--rounds", type=int, default=7, help="turns of each variant (7)")
     p.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
     p.add_argument("--grown", type=int, default=400_000, help="size of the grown dataset (400000)")
     p.add_argument("--json", metavar="FILE", help="write all figures there, too")
     flags = p.parse_args(argv)
-    known = ["--dataset", flags.dataset, "--device", flags.device, "--model", flags.model]
-    args = train.parse(known + (["--data-dir", flags.data_dir] if flags.data_dir else []))
-    for name in ("rounds", "seconds", "grown", "max_train"):
+    shared = {name: getattr(flags, name) for name in ("dataset", "data_dir", "device", "model", "max_train")}
+    args = train.parse([f"--{name.replace('_', '-')}={value}" for name, value in shared.items() if value is not None])
+    for name in ("steps", "rounds", "seconds", "grown"):
         setattr(args, name, getattr(flags, name))
-    args.precisions = ["fp32", "bf16"] if report.has_bf16(args.device) else ["fp32"]
     try:
         result = measure(args)
     except (DataError, ModelError) as error:

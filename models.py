@@ -37,8 +37,7 @@ def load_encoder(name):
 def max_tokens(encoder, tokenizer):
     """Longest input of an encoder, special tokens included."""
     positions = getattr(encoder.config, "max_position_embeddings", 0) - first_position(encoder)
-    limits = [tokenizer.model_max_length, positions, 2**15 - 1]
-    return min(limit for limit in limits if limit > 0)
+    return min(limit for limit in (tokenizer.model_max_length, positions, 2**15 - 1) if limit > 0)
 
 
 def first_position(encoder):
@@ -58,7 +57,7 @@ class NLUModel(nn.Module):
         super().__init__()
         width = encoder.config.hidden_size
         self.encoder, self.tokenizer, self.labels, self.tags = encoder, tokenizer, labels, tags
-        self.encode = bert if is_bert(encoder) else hugging_face
+        self.hidden_states = bert if is_bert(encoder) else hugging_face
         self.p = getattr(encoder.config, "hidden_dropout_prob", 0.1)
         self.dense = nn.Linear(width, width)
         self.classify = nn.Linear(width, len(labels))
@@ -83,7 +82,7 @@ class NLUModel(nn.Module):
 
     def forward(self, batch):
         """batch: data.Batch. Returns fp32 logits (B, labels), and (B, L, tags) or None."""
-        hidden, p = self.encode(self.encoder, batch), self.p * self.training
+        hidden, p = self.hidden_states(self.encoder, batch), self.p * self.training
         sentence = dropout(torch.tanh(self.dense(dropout(hidden[:, 0], p))), p)
         logits = linear_fp32(self.classify, sentence)
         return logits, None if self.tag is None else linear_fp32(self.tag, dropout(hidden, p))
@@ -112,12 +111,11 @@ class NLUModel(nn.Module):
         Undoes `limit_vocabulary`, so it is for the end of training. ModelError where the folder cannot be written."""
         restore_vocabulary(self)
         heads = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        names = json.dumps({"labels": self.labels, "tags": self.tags}, indent=1)
         try:
             self.encoder.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             save_file(heads, Path(folder) / "heads.safetensors")
-            Path(folder, "labels.json").write_text(names, encoding="utf-8")
+            Path(folder, "labels.json").write_text(json.dumps({"labels": self.labels, "tags": self.tags}, indent=1))
         except Exception as error:  # safetensors' own is no OSError
             raise ModelError(f"{folder}: the model could not be written ({error})") from None
 
@@ -185,10 +183,11 @@ def softmax(x):
 
 def dropout(x, p):
     """Inverted dropout. On a CPU, PyTorch draws a double for every element; 16 bits do, with p in steps of 2⁻¹⁶."""
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p) if p else x
+    values = round(p * 2**16)  # of 2¹⁶ that drop
+    if values == 0 or x.device.type != "cpu":
+        return F.dropout(x, p) if values else x
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    last = round(p * 2**16) - 2**15 - 1  # the highest value that drops
+    last = values - 2**15 - 1  # the highest of them
     keep = bits[: x.numel()].view(x.shape).clamp_(last, last + 1).sub_(last)  # 0 or 1; comparisons are slower
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
@@ -253,12 +252,13 @@ class EmbeddingRows(nn.Module):
             return F.embedding(rows, self.weight)
         vectors = F.embedding(rows, self.weight.detach()).requires_grad_()
         self.looked_up.append((rows.flatten(), vectors))
-        return vectors
+        return vectors.clone()  # a leaf cannot be changed in place, as an encoder may do
 
     def add_gradient(self, total):
         """Add the gradient since the last call to `total`, (rows, width) fp32: in place, no dense one is made."""
-        for rows, vectors in self.looked_up:  # several, where several batches make a step
-            total.index_add_(0, rows, vectors.grad.flatten(0, 1).float())
+        for rows, vectors in self.looked_up:
+            if vectors.grad is not None:
+                total.index_add_(0, rows, vectors.grad.flatten(0, 1).float())
         self.looked_up.clear()
 
 
@@ -272,7 +272,7 @@ def limit_vocabulary(model, data: Dataset):
         used = torch.zeros(table.num_embeddings, dtype=torch.bool)
         used[data.train.pad] = True
         for split in (data.train, data.dev, data.test):
-            used[split.tokens] = True
+            used[split.tokens.cpu()] = True
         model.encoder.set_input_embeddings(EmbeddingRows(table, used.nonzero().squeeze(1)))
 
 
@@ -281,8 +281,7 @@ def restore_vocabulary(model):
     rows = model.encoder.get_input_embeddings()
     if isinstance(rows, EmbeddingRows):
         table = rows.table[0]
-        with torch.no_grad():
-            table.weight[rows.used] = rows.weight.to(table.weight.device)
+        table.weight.data[rows.used] = rows.weight.data.to(table.weight.device)
         model.encoder.set_input_embeddings(table.to(rows.weight.device))
 
 
@@ -291,6 +290,7 @@ class FlatAdamW:
 
     One vector is one kernel for the norm, one for the step and one message between processes, not hundreds; and where
     the copy is in bf16, no pass casts weights (mixed precision with master weights, Micikevicius et al. 2018).
+    A weight that a step does not use has the gradient 0.
     """
 
     def __init__(self, model, precision, clip):
@@ -299,7 +299,6 @@ class FlatAdamW:
         self.master.grad = torch.zeros_like(self.master)
         self.copy = self.master.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])  # itself in fp32
         self.adam = torch.optim.AdamW([self.master], weight_decay=0.0, fused=True)
-        self.adam.found_inf = torch.zeros((), device=self.master.device)
         self.gradients = dict(zip(self.weights, self.views(self.master.grad)))
         for weight, view in zip(self.weights, self.views(self.copy)):
             weight.data = view
@@ -309,8 +308,8 @@ class FlatAdamW:
 
     def views(self, flat):
         """A flat vector as one view for each weight, in the weight's shape."""
-        sizes = [weight.numel() for weight in self.weights]
-        return [part.view(weight.shape) for part, weight in zip(flat.split(sizes), self.weights)]
+        parts = flat.split([weight.numel() for weight in self.weights])
+        return [part.view(weight.shape) for part, weight in zip(parts, self.weights)]
 
     def step(self, lr):
         """Update all weights from their gradients, and clear those."""
@@ -322,7 +321,8 @@ class FlatAdamW:
         add_up(self.master.grad)
         self.adam.param_groups[0]["lr"] = lr
         norm = self.master.grad.dot(self.master.grad).sqrt()
-        self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)  # the step divides by it: no pass of its own
+        # A fused step divides gradients by grad_scale, which GradScaler would set: clipping takes no pass of its own.
+        self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)
         self.adam.step()
         self.copy.copy_(self.master)
 

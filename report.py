@@ -19,7 +19,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import demo
+from data import demo, rank
 
 CHECKOUT = Path(__file__).resolve().parent
 
@@ -53,11 +53,12 @@ class Clock:
 def progress(epoch, epochs, kept, n):
     """A bar that counts examples; none where standard error is no terminal."""
     return tqdm(total=kept, unit="ex", desc=f"epoch {epoch + 1}/{epochs}, {kept} of {n}", leave=False,
-                disable=True if int(os.environ.get("RANK", 0)) else None)
+                disable=True if rank() else None)
 
 
 def new_folder(args):
-    """A new folder for this run under --out. OSError where one cannot be made or results.jsonl not written."""
+    """A new folder for this run under --out, with its config.json. Returns the folder and what is in that file; OSError
+    where one cannot be made or results.jsonl not written."""
     out = Path(args.out)
     name = f"{args.dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -65,8 +66,11 @@ def new_folder(args):
         open(out / "results.jsonl", "a").close()
         for suffix in ["", *(f"-{i}" for i in range(2, 100))]:  # runs of the same second
             with suppress(FileExistsError):
-                (out / (name + suffix)).mkdir()
-                return out / (name + suffix)
+                folder = out / (name + suffix)
+                folder.mkdir()
+                facts = {"folder": str(folder), "args": vars(args), "environment": environment(args.device)}
+                (folder / "config.json").write_text(json.dumps(facts, indent=1))
+                return folder, facts
     except OSError as error:
         raise OSError(f"--out {out}: {error.strerror} ({error.filename}); name a folder that can be written") from None
     raise OSError(f"--out {out}: too many runs named {name}")
@@ -78,6 +82,12 @@ def append_line(path, fields):
     with open(path, "ab", buffering=0) as file:
         if file.write(line) != len(line):
             raise OSError(f"{path}: the line could not be written whole; is the disk full?")
+
+
+def opening(args, data, folder):
+    """Say what is about to be done."""
+    print(f"{args.dataset}: {len(data.train)} train, {len(data.dev)} dev and {len(data.test)} test examples, "
+          f"{data.n_labels} labels, {data.n_tags} tags; {args.precision} on {args.device}; to {folder}/", flush=True)
 
 
 def log_epoch(folder, line, epochs, n):
@@ -226,7 +236,9 @@ def settings(row):
 
 def platform_of(row):
     """What two timings must share to be compared."""
-    return (machine(row), *(row["environment"][name] for name in ("threads", "torch", "transformers")))
+    environment = row["environment"]
+    return (machine(row), *(environment[name] for name in ("threads", "torch", "transformers")),
+            environment.get("processes", 1))
 
 
 def baseline(row):
@@ -275,7 +287,8 @@ def table(rows):
             mean_and_deviation([row["seconds"]["total"] for row in group.values()], 0),
             mean_and_deviation(saved, 1) if compared else "–",
         ]) + " |")  # fmt: skip
-    machines = sorted({"{}, {} threads, torch {}, transformers {}".format(*platform_of(row)) for row in rows})
+    text = "{}, {} threads, torch {}, transformers {}, {} process(es)"
+    machines = sorted({text.format(*platform_of(row)).replace(", 1 process(es)", "") for row in rows})
     note = "On test after the last epoch: mean ± standard deviation over n seeds. Machine: " + "; ".join(machines) + "."
     return "\n".join([*lines, "", note])
 

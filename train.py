@@ -11,7 +11,6 @@ import time
 START = time.perf_counter()  # before the slow imports, so that they count as loading
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import torch
 from torch import distributed
 
 import report
-from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, add_up, batches, load, load_tokenizer, share
+from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, add_up, batches, load, load_tokenizer, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, kept_size, select
@@ -44,7 +43,7 @@ def train(model, data, schedule, args, clock, folder):
     for epoch in range(args.epochs):
         # All chance comes from (seed, epoch): no epoch depends on how many numbers an earlier one drew.
         rng = np.random.default_rng([args.seed, epoch])
-        torch.manual_seed(int(rng.integers(2**62)) + int(os.environ.get("RANK", 0)))
+        torch.manual_seed(int(rng.integers(2**62)) + rank())
 
         if schedule.prunes_at(epoch):
             with clock("score"):
@@ -58,14 +57,16 @@ def train(model, data, schedule, args, clock, folder):
         loss_sum = torch.zeros((), device=args.device)
         with clock("train"), report.progress(epoch, args.epochs, len(kept), n) as bar:
             for indices in batches(lengths, kept, args.batch_size, rng):
-                batch = data.train.batch(share(indices))
-                loss = losses(model(batch), batch).sum() / len(indices)
-                loss.backward()
+                mine = share(indices)  # all of them, unless torchrun started several processes
+                if len(mine):
+                    batch = data.train.batch(mine)
+                    loss = losses(model(batch), batch)
+                    (loss.sum() / len(indices)).backward()
+                    loss_sum += loss.detach().sum()
                 optimizer.step(args.lr * (1 - step / steps) if args.schedule == "linear" else args.lr)
                 step += 1
-                loss_sum += loss.detach() * len(indices)
                 if bar.update(len(indices)):  # only when it was redrawn: reading the loss waits for the device
-                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                    bar.set_postfix(loss=f"{loss.mean().item():.3f}", refresh=False)
             mean_loss = add_up(loss_sum).item() / len(kept)
         if not np.isfinite(mean_loss):
             raise RunError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr, or --precision fp32")
@@ -100,15 +101,13 @@ def parse(argv):
     add("--std-weight", type=float, default=1.0, metavar="c", help="c: weight of the scores' deviation over rounds (1)")
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
     add("--lr", type=float, default=2e-4, help="learning rate at the start (2e-4)")
-    add("--schedule", default="linear", choices=["linear", "constant"],
-        help="learning rate: linear decay to 0, or constant (linear)")
+    add("--schedule", default="linear", choices=["linear", "constant"], help="of the learning rate (linear, to 0)")
     add("--clip", type=float, default=1.0, metavar="NORM", help="largest norm of the mean loss's gradient (1)")
     add("--batch-size", type=int, default=32, metavar="B", help="examples a training step (32)")
     add("--max-length", type=int, default=256, metavar="TOKENS", help="longer examples are cut off (256)")
     add("--max-train", type=int, metavar="N", help="only the first N train examples, for quick tries (all)")
     add("--seed", type=int, default=0, help="of heads, dropout, batches and random selection (0)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
-        help="of the model's passes; auto is bf16 where the hardware has instructions for it (auto)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 if in hardware (auto)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one (auto)")
     add("--out", default="runs", metavar="DIR", help="where run folders and results.jsonl go (runs)")
     add("--no-model", action="store_true", help="do not keep the fine-tuned model (90 MB with the default --model)")
@@ -151,14 +150,16 @@ def processes(args):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    if args.device == "cuda":
+    on_gpu = torch.device(args.device).type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    if distributed.get_rank() == 0:
+        args.device = "cuda"  # the one just set, whichever --device names
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    if rank() == 0:
         yield
     else:
-        with tempfile.TemporaryDirectory() as args.out, open(os.devnull, "w") as silence, redirect_stdout(silence):
-            args.no_model = True
+        with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as silence, redirect_stdout(silence):
+            args.out, args.no_model = scratch, True
             yield
     distributed.destroy_process_group()
 
@@ -171,21 +172,17 @@ def run(args, start=None):
     with clock("load"):
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)
-        n = len(data.train)
-        size = kept_size(n, args.keep)
+        size = kept_size(len(data.train), args.keep)
         if size < args.batch_size:
-            raise RunError(f"--keep {args.keep:g}: that is {size} of {n} train examples, less than one batch of "
-                           f"{args.batch_size}; take more examples, or lower --batch-size")
+            raise RunError(f"--keep {args.keep:g}: {size} of {len(data.train)} train examples are less than one batch; "
+                           f"take more, or lower --batch-size {args.batch_size}")
         model = NLUModel.build(args.model, tokenizer, data, args.seed)
         limit_vocabulary(model, data)
         model.to(args.device)
         data.train, data.dev, data.test = (split.to(args.device) for split in (data.train, data.dev, data.test))
-        folder = report.new_folder(args)
-        facts = {"folder": str(folder), "args": vars(args), "environment": report.environment(args.device)}
-        (folder / "config.json").write_text(json.dumps(facts, indent=1))
+        folder, facts = report.new_folder(args)
     clock.lap()
-    print(f"{args.dataset}: {n} train, {len(data.dev)} dev and {len(data.test)} test examples, {data.n_labels} labels, "
-          f"{data.n_tags} tags; {args.precision} on {args.device}; to {folder}/", flush=True)
+    report.opening(args, data, folder)
 
     schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
     log = train(model, data, schedule, args, clock, folder)
@@ -215,7 +212,7 @@ def main(argv=None, start=None):
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             print("train.py: error: out of memory; lower --batch-size or --max-length", file=sys.stderr)
-        elif distributed.is_initialized():
+        elif distributed.is_initialized() and any(name in str(error) for name in ("gloo", "NCCL", "Connection")):
             print(f"train.py: error: lost another process of this run ({str(error).splitlines()[0]})", file=sys.stderr)
         else:
             raise

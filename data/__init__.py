@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import distributed
+
 from . import demo
 from .encoding import (
     DEFAULT_MODEL,
@@ -16,19 +18,17 @@ from .encoding import (
     Batch,
     ModelError,
     Split,
-    add_up,
     batches,
     encode,
     load_tokenizer,
     number_names,
-    share,
     sorted_batches,
 )
 from .readers import DataError, Examples, read_atis, read_snips
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "add_up", "batches", "encode", "load", "load_tokenizer", "share",
+    "add_up", "batches", "encode", "load", "load_tokenizer", "rank", "share",
     "sorted_batches",
 ]  # fmt: skip
 
@@ -110,3 +110,20 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
         tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
     encoded = {split: encode(examples, tokenizer, max_length, label_ids, tag_ids) for split, examples in splits.items()}
     return Dataset(name, labels=list(label_ids), n_labels=n_labels, tags=list(tag_ids), n_tags=n_tags, **encoded)
+
+
+def rank():
+    """Number of this process among those that torchrun started; 0 if it is alone."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def share(items):
+    """What this process takes of a list or array that several work on (torchrun): every world-th; alone, all of it."""
+    return items[distributed.get_rank() :: distributed.get_world_size()] if distributed.is_initialized() else items
+
+
+def add_up(tensor):
+    """Sum a tensor over all processes, in place. Returns it."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import distributed
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -137,18 +136,6 @@ def sorted_batches(split, tokens=None):
         cut.append(order[start : start + max(1, tokens // split.lengths[order[start]])])
         start += len(cut[-1])
     return cut
-
-
-def share(items):
-    """What this process takes of a list or array that several work on (torchrun): every world-th; alone, all of it."""
-    return items[distributed.get_rank() :: distributed.get_world_size()] if distributed.is_initialized() else items
-
-
-def add_up(tensor):
-    """Sum a tensor over all processes, in place. Returns it."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
 
 
 def encode(examples, tokenizer, max_length, label_ids, tag_ids):

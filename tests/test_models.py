@@ -15,6 +15,7 @@ from data import DEFAULT_MODEL, IGNORE, LOST, Dataset, Examples, ModelError, enc
 from data.encoding import local_copy
 from models import (
     EmbeddingRows,
+    FlatAdamW,
     NLUModel,
     bert,
     dropout,
@@ -92,9 +93,21 @@ def test_our_encoder_is_transformers_encoder(kind, demo_data):
         assert difference.max() < 2e-5
 
 
-def test_an_encoder_of_another_kind_goes_through_transformers():
-    config = DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
-    assert not is_bert(DistilBertModel(config))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_encoder_of_another_kind_goes_through_transformers(tokenizer, demo_data, precision):
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    model = NLUModel(DistilBertModel(config), tokenizer, demo_data.labels, demo_data.tags)
+    assert not is_bert(model.encoder)
+    limit_vocabulary(model, demo_data)
+    optimizer, curve = FlatAdamW(model.train(), precision, 1.0), []
+    batch = demo_data.train.batch(np.arange(64))
+    for _ in range(30):
+        loss = losses(model(batch), batch).mean()
+        loss.backward()
+        optimizer.step(3e-3)
+        curve.append(loss.item())
+    assert curve[-1] < 0.5 * curve[0]
 
 
 def test_dropout_drops_p_keeps_the_mean_and_its_gradient_is_its_mask():
