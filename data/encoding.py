@@ -133,8 +133,10 @@ def sorted_batches(split, tokens=None):
     tokens = tokens or (2**12 if split.tokens.device.type == "cpu" else 2**16)
     order, cut, start = np.argsort(-split.lengths, kind="stable"), [], 0
     while start < len(order):
-        cut.append(order[start : start + max(1, tokens // split.lengths[order[start]])])
-        start += len(cut[-1])
+        size = max(1, tokens // split.lengths[order[start]])
+        size -= size % 16 if size > 16 else 0  # matrix units work on 16 rows at a time
+        cut.append(order[start : start + size])
+        start += size
     return cut
 
 

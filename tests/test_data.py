@@ -57,11 +57,13 @@ def test_batches_are_shuffled_by_seed_and_hardly_padded(demo_data):
 
 def test_batches_for_inference_start_with_the_longest_and_have_a_limit(demo_data):
     split, lengths = demo_data.dev, demo_data.dev.lengths
-    cut = sorted_batches(split, tokens=100)
-    assert np.concatenate(cut).tolist() == np.argsort(-lengths, kind="stable").tolist()
-    for batch, following in pairwise(cut):
-        longest = lengths[batch].max()
-        assert len(batch) * longest <= 100 < (len(batch) + 1) * longest and lengths[following].max() <= longest
+    for limit, multiple in ((100, 1), (600, 16)):
+        cut = sorted_batches(split, tokens=limit)
+        assert np.concatenate(cut).tolist() == np.argsort(-lengths, kind="stable").tolist()
+        for batch, following in pairwise(cut):
+            longest = lengths[batch].max()
+            assert len(batch) * longest <= limit < (len(batch) + multiple) * longest
+            assert len(batch) % multiple == 0 and lengths[following].max() <= longest
     assert all(len(batch) == 1 for batch in sorted_batches(split, tokens=1))
 
 
