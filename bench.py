@@ -2,7 +2,8 @@
 
     python bench.py --dataset snips --data-dir …
 
-Every figure is a median over rounds in which all variants take turns, so that a noisy machine is noisy for all of them.
+Rates are medians over rounds in which all variants take turns, so that a noisy machine is noisy for all of them; the
+parts of a step are means over all turns; everything else is computed, or timed by itself.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def textbook(args, tokenizer, data, precision):
     for speed. The model is transformers', under autocast in bf16; batches come from one shuffle, scores in dataset
     order, and are padded to their longest example."""
     model = NLUModel.build(args.model, tokenizer, data, args.seed).to(args.device)
-    model.hidden_states = hugging_face
+    model.run_encoder = hugging_face
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     n, size = len(data.train), args.batch_size
 
@@ -140,7 +141,7 @@ def loss_difference(args, tokenizer, data, steps=20):
             limit_vocabulary(model, data)
             optimizer = FlatAdamW(model.to(args.device), "fp32", args.clip)
         else:
-            model.hidden_states = hugging_face
+            model.run_encoder = hugging_face
             optimizer = torch.optim.AdamW(model.to(args.device).parameters(), lr=args.lr, weight_decay=0.0)
         curve = []
         for indices in batches(data.train.lengths, np.arange(len(data.train)), 32, np.random.default_rng(0))[:steps]:
@@ -162,10 +163,10 @@ def score_difference(model, split):
     """Differences of EL2N from the textbook's (transformers' encoder, fp32, batches of 32 in dataset order), for the
     weights of `model`, over a whole split; and which share of the kept half is another in bf16."""
     model = copy.deepcopy(model).float()
-    model.hidden_states, ours = hugging_face, model.hidden_states
+    model.run_encoder, ours = hugging_face, model.run_encoder
     plain = np.split(np.arange(len(split)), range(32, len(split), 32))
     wanted = torch.cat([SCORES["el2n"](outputs, batch) for batch, outputs in infer(model, split, plain)]).cpu().numpy()
-    model.hidden_states = ours
+    model.run_encoder = ours
     got = {"fp32": score(model, split, "el2n", None), "bf16": score(model.bfloat16(), split, "el2n", None)}
     return {
         precision: {
@@ -299,10 +300,10 @@ def table(result):
     for precision, parts in result["step"].items():
         lines.append(f"| a step, {precision} | {', '.join(f'{part} {1000 * s:.1f}' for part, s in parts.items())} ms |")
     lines.append(f"| padding | {', '.join(f'{name} {share:.1%}' for name, share in result['padding'].items())} |")
-    lines.append(f"| losses of 20 fp32 steps | differ by at most {result['loss difference']:.0e} of themselves |")
+    lines.append(f"| losses of 20 fp32 steps | differ by up to about {result['loss difference']:.1e} of themselves |")
     for precision, difference in result["score difference"].items():
-        lines.append(f"| EL2N in {precision} | differs by at most {difference['largest']:.0e}, for 99 % by at most "
-                     f"{difference['99 %']:.0e}; of the kept half, {difference['other kept']:.2%} are others |")
+        lines.append(f"| EL2N in {precision} | differs by up to about {difference['largest']:.1e}, for 99 % by up to "
+                     f"{difference['99 %']:.1e}; of the kept half, {difference['other kept']:.2%} are others |")
     for name, cost in result["pruning"].items():
         lines.append(f"| pruning, {name} | {cost['overhead']:.1%} of the time; {cost['saved']:.1%} saved, "
                      f"{cost['saved if scoring were free']:.1%} if scoring were free |")

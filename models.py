@@ -57,7 +57,7 @@ class NLUModel(nn.Module):
         super().__init__()
         width = encoder.config.hidden_size
         self.encoder, self.tokenizer, self.labels, self.tags = encoder, tokenizer, labels, tags
-        self.hidden_states = bert if is_bert(encoder) else hugging_face
+        self.run_encoder = bert if is_bert(encoder) else hugging_face
         self.p = getattr(encoder.config, "hidden_dropout_prob", 0.1)
         self.dense = nn.Linear(width, width)
         self.classify = nn.Linear(width, len(labels))
@@ -82,7 +82,7 @@ class NLUModel(nn.Module):
 
     def forward(self, batch):
         """batch: data.Batch. Returns fp32 logits (B, labels), and (B, L, tags) or None."""
-        hidden, p = self.hidden_states(self.encoder, batch), self.p * self.training
+        hidden, p = self.run_encoder(self.encoder, batch), self.p * self.training
         sentence = dropout(torch.tanh(self.dense(dropout(hidden[:, 0], p))), p)
         logits = linear_fp32(self.classify, sentence)
         return logits, None if self.tag is None else linear_fp32(self.tag, dropout(hidden, p))
@@ -129,8 +129,7 @@ class NLUModel(nn.Module):
             weights = load_file(Path(folder, "heads.safetensors"))
             model.load_state_dict({**weights, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}})
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"{folder}: not a model folder that train.py wrote ({reason})") from None
+            raise ModelError(f"{folder}: not a model that train.py wrote ({' '.join(str(error).split())})") from None
         return model.eval()
 
 
@@ -183,11 +182,11 @@ def softmax(x):
 
 def dropout(x, p):
     """Inverted dropout. On a CPU, PyTorch draws a double for every element; 16 bits do, with p in steps of 2⁻¹⁶."""
-    values = round(p * 2**16)  # of 2¹⁶ that drop
-    if values == 0 or x.device.type != "cpu":
-        return F.dropout(x, p) if values else x
+    dropped = round(p * 2**16)  # how many of the 2¹⁶ values of an int16 mean "drop": the lowest ones
+    if dropped == 0 or x.device.type != "cpu":
+        return F.dropout(x, p) if dropped else x
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    last = values - 2**15 - 1  # the highest of them
+    last = dropped - 2**15 - 1  # the highest value that drops
     keep = bits[: x.numel()].view(x.shape).clamp_(last, last + 1).sub_(last)  # 0 or 1; comparisons are slower
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
@@ -240,11 +239,10 @@ class EmbeddingRows(nn.Module):
     def __init__(self, table, used):
         super().__init__()
         self.table, self.used = [table], used  # in a list, the table is no submodule: not trained, not moved
-        row = torch.full((table.num_embeddings,), -1)  # looking up any other token fails
-        row[used] = torch.arange(len(used))
-        self.register_buffer("row", row)
+        self.register_buffer("row", torch.full((table.num_embeddings,), -1))  # looking up any other token fails
+        self.row[used] = torch.arange(len(used))
         self.weight = nn.Parameter(table.weight.detach()[used])
-        self.looked_up = None  # a list of (rows, vectors), where an optimizer calls `add_gradient`
+        self.looked_up = None  # FlatAdamW makes it a list of (rows, vectors): gradients then wait for add_gradient
 
     def forward(self, tokens):
         rows = self.row[tokens]
@@ -288,8 +286,8 @@ def restore_vocabulary(model):
 class FlatAdamW:
     """torch.optim.AdamW after clip_grad_norm_, on one flat fp32 vector of all weights; the model works with a copy.
 
-    One vector is one kernel for the norm, one for the step and one message between processes, not hundreds; and where
-    the copy is in bf16, no pass casts weights (mixed precision with master weights, Micikevicius et al. 2018).
+    One vector is one kernel for the norm, one for the step and one message between processes, not hundreds; a bf16
+    copy is cast once a step, not at every use (mixed precision with master weights, Micikevicius et al. 2018).
     A weight that a step does not use has the gradient 0.
     """
 
@@ -330,3 +328,5 @@ class FlatAdamW:
         """Give the model its weights in fp32; the optimizer is of no use after this."""
         for weight, view in zip(self.weights, self.views(self.master)):
             weight.data = view
+        for table in self.tables:
+            table.looked_up = None

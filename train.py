@@ -65,7 +65,7 @@ def train(model, data, schedule, args, clock, folder):
                     loss_sum += loss.detach().sum()
                 optimizer.step(args.lr * (1 - step / steps) if args.schedule == "linear" else args.lr)
                 step += 1
-                if bar.update(len(indices)):  # only when it was redrawn: reading the loss waits for the device
+                if bar.update(len(indices)):  # redrawn (first process only); item() waits for the device
                     bar.set_postfix(loss=f"{loss.mean().item():.3f}", refresh=False)
             mean_loss = add_up(loss_sum).item() / len(kept)
         if not np.isfinite(mean_loss):
@@ -146,7 +146,7 @@ def parse(argv):
 
 @contextmanager
 def processes(args):
-    """Where torchrun starts several processes: join them. All but the first stay silent and leave nothing behind."""
+    """Where torchrun starts several processes: join them. All but the first print errors only, and leave nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -212,7 +212,7 @@ def main(argv=None, start=None):
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             print("train.py: error: out of memory; lower --batch-size or --max-length", file=sys.stderr)
-        elif distributed.is_initialized() and any(name in str(error) for name in ("gloo", "NCCL", "Connection")):
+        elif isinstance(error, distributed.DistError) or (distributed.is_initialized() and "onnection" in str(error)):
             print(f"train.py: error: lost another process of this run ({str(error).splitlines()[0]})", file=sys.stderr)
         else:
             raise

@@ -1,4 +1,7 @@
-"""Datasets by name: `load("snips", …)` returns three splits as flat arrays. See encoding.py for what is in them."""
+"""Datasets by name: `load("snips", …)` returns three splits as flat arrays. See encoding.py for what is in them.
+
+At the end, what lets several processes share work: here, because every other module imports this one.
+"""
 
 import os
 import sys
@@ -110,6 +113,9 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
         tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
     encoded = {split: encode(examples, tokenizer, max_length, label_ids, tag_ids) for split, examples in splits.items()}
     return Dataset(name, labels=list(label_ids), n_labels=n_labels, tags=list(tag_ids), n_tags=n_tags, **encoded)
+
+
+# ---- several processes (torchrun); alone, these do nothing
 
 
 def rank():

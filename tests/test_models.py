@@ -183,7 +183,7 @@ def test_heads_with_a_layer_missing_are_refused(model, tmp_path):
     heads = load_file(tmp_path / "heads.safetensors")
     del heads["dense.weight"]
     save_file(heads, tmp_path / "heads.safetensors")
-    with pytest.raises(ModelError, match=r"not a model folder that train.py wrote .*dense.weight"):
+    with pytest.raises(ModelError, match=r"not a model that train.py wrote .*dense.weight"):
         NLUModel.load(tmp_path)
 
 

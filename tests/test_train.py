@@ -19,7 +19,7 @@ import bench
 import report
 import train
 from data import DEFAULT_MODEL, batches, demo, load, load_tokenizer
-from models import FlatAdamW, NLUModel, hugging_face, limit_vocabulary, losses, predictions, restore_vocabulary
+from models import FlatAdamW, NLUModel, bert, hugging_face, limit_vocabulary, losses, predictions, restore_vocabulary
 from pruning import Smoother, select
 
 ROOT = Path(__file__).parents[1]
@@ -277,7 +277,8 @@ def test_a_short_run_on_real_data(run, raw):
 
 def textbook_losses(model, data, cut, clip):
     """The loss of each batch, in the order a textbook would train on them."""
-    model.encode = hugging_face
+    assert model.run_encoder is bert
+    model.run_encoder = hugging_face
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     curve = []
     for indices in cut:
