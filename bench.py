@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +23,26 @@ import torch
 
 import report
 import train
-from data import DEFAULT_MODEL, DataError, ModelError, Split, batches, load, load_tokenizer, sorted_batches
+from data import DEFAULT_MODEL, DataError, ModelError, batches, load, load_tokenizer, sorted_batches
 from models import FlatAdamW, NLUModel, hugging_face, infer, limit_vocabulary, losses
 from pruning import Schedule, Smoother, select
 from scoring import SCORES, score
 
 
+def textbook_step(model, optimizer, batch, clip, autocast=nullcontext):
+    """One step of training as one would write it without a thought for speed. Returns the loss."""
+    with autocast():
+        loss = losses(model(batch), batch).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return loss
+
+
 def textbook(args, tokenizer, data, precision):
-    """Generators that train one batch, and score one batch, at every next(): as one would write it without a thought
-    for speed. The model is transformers', under autocast in bf16; batches come from one shuffle, scores in dataset
-    order, and are padded to their longest example."""
+    """Generators that train one batch, and score one batch, at every next(). The model is transformers', under autocast
+    in bf16; batches come from one shuffle, scores in dataset order, and are padded to their longest example."""
     model = NLUModel.build(args.model, tokenizer, data, args.seed).to(args.device)
     model.run_encoder = hugging_face
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
@@ -46,12 +57,7 @@ def textbook(args, tokenizer, data, precision):
             for start in range(0, n, size):
                 model.train()
                 batch = data.train.batch(order[start : start + size])
-                with autocast():
-                    loss = losses(model(batch), batch).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                optimizer.step()
+                textbook_step(model, optimizer, batch, args.clip, autocast)
                 yield len(batch.indices)
 
     def scoring():
@@ -134,29 +140,20 @@ def padding(lengths, cut):
 def loss_difference(args, tokenizer, data, steps=20):
     """Largest relative difference between the losses of the textbook's step and ours in fp32, on the same batches.
     Without dropout, whose random numbers differ."""
-    curves = []
-    for ours in (False, True):
-        model = NLUModel.build(args.model, tokenizer, data, args.seed).eval()
-        if ours:
-            limit_vocabulary(model, data)
-            optimizer = FlatAdamW(model.to(args.device), "fp32", args.clip)
-        else:
-            model.run_encoder = hugging_face
-            optimizer = torch.optim.AdamW(model.to(args.device).parameters(), lr=args.lr, weight_decay=0.0)
-        curve = []
-        for indices in batches(data.train.lengths, np.arange(len(data.train)), 32, np.random.default_rng(0))[:steps]:
-            batch = data.train.batch(indices)
-            loss = losses(model(batch), batch).mean()
-            loss.backward()
-            if ours:
-                optimizer.step(args.lr)
-            else:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-            curve.append(loss.item())
-        curves.append(np.array(curve))
-    return float(np.max(np.abs(curves[1] / curves[0] - 1)))
+    plain, ours = (NLUModel.build(args.model, tokenizer, data, args.seed).eval() for _ in range(2))
+    plain.run_encoder = hugging_face
+    adam = torch.optim.AdamW(plain.to(args.device).parameters(), lr=args.lr, weight_decay=0.0)
+    limit_vocabulary(ours, data)
+    flat = FlatAdamW(ours.to(args.device), "fp32", args.clip)
+    largest = 0.0
+    for indices in batches(data.train.lengths, np.arange(len(data.train)), 32, np.random.default_rng(0))[:steps]:
+        batch = data.train.batch(indices)
+        wanted = textbook_step(plain, adam, batch, args.clip).item()
+        loss = losses(ours(batch), batch).mean()
+        loss.backward()
+        flat.step(args.lr)
+        largest = max(largest, abs(loss.item() / wanted - 1))
+    return largest
 
 
 def score_difference(model, split):
@@ -180,20 +177,14 @@ def score_difference(model, split):
 def tile(split, n):
     """A split of n examples, which are those of `split` over and over."""
     times = -(-n // len(split))
-
-    def repeated(flat, offsets):
-        return flat.repeat(times)[: repeated_offsets(offsets)[-1]]
-
-    def repeated_offsets(offsets):
-        return torch.cat([offsets.new_zeros(1), offsets.diff().repeat(times).cumsum(0)])[: n + 1]
-
-    words = {} if split.word_tags is None else {
-        "tags": repeated(split.tags, split.offsets), "word_tags": repeated(split.word_tags, split.word_offsets),
-        "word_starts": repeated(split.word_starts, split.word_offsets),
-        "word_offsets": repeated_offsets(split.word_offsets)}  # fmt: skip
-    types = None if split.types is None else repeated(split.types, split.offsets)
-    return Split(repeated(split.tokens, split.offsets), repeated_offsets(split.offsets),
-                 split.labels.repeat(times)[:n], split.pad, types=types, **words)
+    grown = {"labels": split.labels.repeat(times)[:n]}
+    for bounds, names in (("offsets", ("tokens", "types", "tags")), ("word_offsets", ("word_tags", "word_starts"))):
+        if (offsets := getattr(split, bounds)) is not None:
+            grown[bounds] = torch.cat([offsets.new_zeros(1), offsets.diff().repeat(times).cumsum(0)])[: n + 1]
+            for name in names:
+                if (flat := getattr(split, name)) is not None:
+                    grown[name] = flat.repeat(times)[: grown[bounds][-1]]
+    return replace(split, **grown)
 
 
 def bytes_per_example(split, keep):

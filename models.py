@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, BertModel, RobertaModel
 
 from data import IGNORE, LOST, Dataset, Examples, ModelError, add_up, encode, load_tokenizer, sorted_batches
-from data.encoding import pretrained
+from data.encoding import one_line, pretrained
 
 
 def load_encoder(name):
@@ -129,7 +129,7 @@ class NLUModel(nn.Module):
             weights = load_file(Path(folder, "heads.safetensors"))
             model.load_state_dict({**weights, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}})
         except Exception as error:
-            raise ModelError(f"{folder}: not a model that train.py wrote ({' '.join(str(error).split())})") from None
+            raise ModelError(f"{folder}: not a model folder that train.py wrote ({one_line(error)})") from None
         return model.eval()
 
 

