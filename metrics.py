@@ -21,8 +21,13 @@ def spans(tags):
     return found
 
 
+def tag_names(split, ids, names):
+    """The tags of each utterance of a split, as a list of names. ids: (W,) of its words."""
+    return [[names[tag] for tag in ids[start:end].tolist()] for start, end in pairwise(split.word_offsets.tolist())]
+
+
 def accuracy(gold, predicted):
-    """Share of equal entries of two (N,) integer arrays."""
+    """Share of equal entries of two (N,) arrays."""
     return float(np.mean(gold == predicted))
 
 
@@ -36,27 +41,39 @@ def span_f1(gold, predicted):
     return 2 * right / total if total else 0.0
 
 
-def evaluate(split, labels, word_tags, tag_names):
-    """Metrics of predictions on a split, in percent.
+def f1(gold, predicted):
+    """F1 of the label "1" of two (N,) arrays of labels: 2·TP / (gold + predicted); 0 where neither has it."""
+    gold, predicted = gold == "1", predicted == "1"
+    total = gold.sum() + predicted.sum()
+    return float(2 * (gold & predicted).sum() / total) if total else 0.0
+
+
+def matthews(gold, predicted):
+    """Matthews' correlation of two (N,) arrays of the labels "0" and "1"; 0 where one of them is constant."""
+    constant = len(set(gold)) == 1 or len(set(predicted)) == 1
+    return 0.0 if constant else float(np.corrcoef(gold == "1", predicted == "1")[0, 1])
+
+
+CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+
+
+def evaluate(data, split, labels, word_tags):
+    """Metrics of predictions on a split of a Dataset, in percent.
 
     labels: (N,) predicted; word_tags: (W,) predicted, LOST for a word without prediction, or None (classification).
-    tag_names: the name of each tag id, those included that only dev or test have.
     A lost word has no tag: it breaks every span it is in, and is wrong even where O was right.
     """
     gold_labels = split.labels.cpu().numpy()
     if word_tags is None:
-        return {"accuracy": 100 * accuracy(gold_labels, labels)}
-    gold, offsets = split.word_tags.cpu().numpy(), split.word_offsets.cpu().numpy()
-    wrong_words = np.add.reduceat(gold != word_tags, offsets[:-1])  # every utterance has at least one word
+        classes = np.array(data.labels)
+        return {name: 100 * CLASSIFICATION[name](classes[gold_labels], classes[labels]) for name in data.metrics}
+    gold = split.word_tags.cpu().numpy()
+    wrong_words = np.add.reduceat(gold != word_tags, split.word_offsets[:-1].cpu())  # each utterance has words
     frames = (gold_labels == labels) & (wrong_words == 0)
-    names = [*tag_names, "O"]  # LOST is -1, the last: as a span boundary it reads as O
-
-    def utterances(ids):
-        return [[names[tag] for tag in ids[a:b]] for a, b in pairwise(offsets)]
-
+    names = [*data.tags, "O"]  # LOST is -1, the last: as a span boundary it reads as O
     return {
         "intent_acc": 100 * accuracy(gold_labels, labels),
-        "slot_f1": 100 * span_f1(utterances(gold), utterances(word_tags)),
+        "slot_f1": 100 * span_f1(tag_names(split, gold, names), tag_names(split, word_tags, names)),
         "frame_acc": 100 * float(np.mean(frames)),
         "slot_token_acc": 100 * accuracy(gold, word_tags),
     }

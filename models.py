@@ -71,7 +71,7 @@ class NLUModel(nn.Module):
     def build(cls, name, tokenizer, data: Dataset, seed):
         """Pretrained encoder `name` (hub id or folder) with new heads for `data`, initialised under `seed`."""
         torch.manual_seed(seed)
-        encoder, splits = load_encoder(name), (data.train, data.dev, data.test)
+        encoder, splits = load_encoder(name), data.splits.values()
         if max(split.tokens.max() for split in splits) >= encoder.get_input_embeddings().num_embeddings:
             raise ModelError(f"--model {name}: its tokenizer has tokens that the encoder has no embedding for")
         longest, limit = max(split.lengths.max() for split in splits), max_tokens(encoder, tokenizer)
@@ -89,7 +89,7 @@ class NLUModel(nn.Module):
 
     def predict(self, texts):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
-        an empty list where there are no slots; a word that the tokenizer drops is "O"."""
+        an empty list where there are no slots; a word beyond the longest input is "O"."""
         if isinstance(texts, str):
             raise TypeError("predict takes a list of utterances, not one string")
         if not texts:
@@ -269,7 +269,7 @@ def limit_vocabulary(model, data: Dataset):
     if type(table) is nn.Embedding:
         used = torch.zeros(table.num_embeddings, dtype=torch.bool)
         used[data.train.pad] = True
-        for split in (data.train, data.dev, data.test):
+        for split in data.splits.values():
             used[split.tokens.cpu()] = True
         model.encoder.set_input_embeddings(EmbeddingRows(table, used.nonzero().squeeze(1)))
 

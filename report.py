@@ -60,7 +60,8 @@ def new_folder(args):
     """A new folder for this run under --out, with its config.json. Returns the folder and what is in that file; OSError
     where one cannot be made or results.jsonl not written."""
     out = Path(args.out)
-    name = f"{args.dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    dataset = Path(args.dataset).resolve().name  # the last part of a folder of the user's
+    name = f"{dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         open(out / "results.jsonl", "a").close()
@@ -86,8 +87,9 @@ def append_line(path, fields):
 
 def opening(args, data, folder):
     """Say what is about to be done."""
-    print(f"{args.dataset}: {len(data.train)} train, {len(data.dev)} dev and {len(data.test)} test examples, "
-          f"{data.n_labels} labels, {data.n_tags} tags; {args.precision} on {args.device}; to {folder}/", flush=True)
+    sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
+    print(f"{args.dataset}: {sizes} examples, {data.n_labels} labels, {data.n_tags} tags; {args.precision} on "
+          f"{args.device}; to {folder}/", flush=True)
 
 
 def log_epoch(folder, line, epochs, n):
@@ -151,7 +153,8 @@ def totals(data, schedule, clock, log):
     full_epoch = float(np.median([line["seconds"]["train"] for line in log if line["kept"] == n]))
     scoring_cost = seconds.get("score", 0.0) / max(schedule.rounds, 1) / full_epoch
     return {
-        "dev": log[-1]["dev"], "seconds": {phase: round(s, 3) for phase, s in seconds.items()},
+        "rows": {name: len(split) for name, split in data.splits.items()},
+        "seconds": {phase: round(s, 3) for phase, s in seconds.items()},
         "steps": log[-1]["step"], "pruned_epochs": sum(line["kept"] < n for line in log),
         "examples_seen": sum(line["kept"] for line in log), "examples_full": n * epochs,
         "tokens_seen": sum(line["tokens"] for line in log), "tokens_full": int(data.train.lengths.sum()) * epochs,
@@ -160,6 +163,12 @@ def totals(data, schedule, clock, log):
         "model_time": round(schedule.relative_time(scoring_cost), 4),
         "curve": [line["dev"] for line in log],
     }  # fmt: skip
+
+
+def reported(row):
+    """The metrics that a run is judged by: those on test, or on dev where there is no test split."""
+    further = {f"{name} (mismatched)": value for name, value in row.get("dev_mismatched", {}).items()}  # MNLI's
+    return {**(row["test"] if "test" in row else row["dev"]), **further}
 
 
 def metrics_line(metrics):
@@ -175,11 +184,13 @@ def machine(row):
 def summary(row):
     """What a person wants to know when a run ends. row: a row of results.jsonl. Returns lines of text."""
     args, seconds, folder = row["args"], row["seconds"], Path(row["folder"])
+    evaluated = [split for split in ("test", "dev", "dev_mismatched") if split in row]
+    when = "(after the last epoch)" if "test" in row else "(after the last epoch; there is no test split)"
     lines = [
         f"{args['dataset']}, {args['method']}, {args['keep']:.0%} kept, seed {args['seed']}, "
         f"{args['precision']} on {machine(row)}",
-        f"test   {metrics_line(row['test'])}   (after the last epoch)",
-        f"dev    {metrics_line(row['dev'])}",
+        *(f"{split:<6} {metrics_line(row[split])}   {when if split == evaluated[0] else ''}".rstrip()
+          for split in evaluated),
         f"time   {seconds['total']:.1f} s = train {seconds['train']:.1f} + score {seconds.get('score', 0):.1f} + "
         f"select {seconds.get('select', 0):.2f};  outside it: load {seconds['load']:.1f}, "
         f"evaluate {seconds['evaluate']:.1f}",
@@ -267,15 +278,15 @@ def table(rows):
             values.setdefault(flag, set()).add(value)
     differing = [flag for flag in values if len(values[flag]) > 1 and flag not in ("dataset", "method", "keep")]
 
-    head = ("dataset", "method", "kept", "n", "test metrics, %", "against full", "seconds", "time saved, %")
+    head = ("dataset", "method", "kept", "n", "metrics, %", "against full", "seconds", "time saved, %")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for group in groups.values():
         first = next(iter(group.values()))
-        metrics = {name: [row["test"][name] for row in group.values()] for name in first["test"]}
+        metrics = {name: [reported(row)[name] for row in group.values()] for name in reported(first)}
         main = "frame_acc" if "frame_acc" in metrics else next(iter(metrics))
         pairs = [(row, full[baseline(row)]) for row in group.values() if baseline(row) in full]
         compared = first["args"]["method"] != "full" and len(pairs) == len(group)
-        gains = [row["test"][main] - base["test"][main] for row, base in pairs]
+        gains = [reported(row)[main] - reported(base)[main] for row, base in pairs]
         saved = [100 * (1 - row["seconds"]["total"] / base["seconds"]["total"]) for row, base in pairs]
         flags = settings(first)
         lines.append("| " + " | ".join([
@@ -289,7 +300,9 @@ def table(rows):
         ]) + " |")  # fmt: skip
     text = "{}, {} threads, torch {}, transformers {}, {} process(es)"
     machines = sorted({text.format(*platform_of(row)).replace(", 1 process(es)", "") for row in rows})
-    note = "On test after the last epoch: mean ± standard deviation over n seeds. Machine: " + "; ".join(machines) + "."
+    on_dev = sorted({row["args"]["dataset"] for row in rows if "test" not in row})
+    note = (f"On test{' (on dev: ' + ', '.join(on_dev) + ')' if on_dev else ''} after the last epoch: mean ± standard "
+            f"deviation over n seeds. Machine: {'; '.join(machines)}.")
     return "\n".join([*lines, "", note])
 
 

@@ -72,7 +72,7 @@ def train(model, data, schedule, args, clock, folder):
             raise RunError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr, or --precision fp32")
 
         with clock("evaluate"):
-            dev = evaluate(data.dev, *predictions(model, data.dev), data.tags)
+            dev = evaluate(data, data.evaluation["dev"], *predictions(model, data.evaluation["dev"]))
         log.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
                     "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
         report.log_epoch(folder, log[-1], args.epochs, n)
@@ -86,7 +86,8 @@ def parse(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message} (see --help)\n")  # without the whole usage
     add = p.add_argument
-    add("--dataset", default="demo", metavar="NAME", help=f"one of: {', '.join(DATASETS)} (demo)")
+    add("--dataset", default="demo", metavar="NAME",
+        help=f"one of: {', '.join(DATASETS)}; or a folder of your own (demo)")
     add("--data-dir", metavar="DIR", help="folder of the raw datasets ($DATA_DIR, or data/raw)")
     add("--model", default=DEFAULT_MODEL, metavar="ID",
         help="Hugging Face hub id or local folder (%(default)s, a copy of which requirements.txt installs)")
@@ -117,7 +118,8 @@ def parse(argv):
         if not ok:
             p.error(f"--{flag} {getattr(args, flag.replace('-', '_'))}: must be {right}")
 
-    check("dataset", args.dataset in DATASETS, f"one of {', '.join(DATASETS)}")
+    check("dataset", args.dataset in DATASETS or os.path.isdir(args.dataset),
+          f"one of {', '.join(DATASETS)}, or a folder of your own")
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
     for flag in ("epochs", "full-epochs", "cycle", "batch-size"):
         check(flag, getattr(args, flag.replace("-", "_")) >= 1, "at least 1")
@@ -179,7 +181,7 @@ def run(args, start=None):
         model = NLUModel.build(args.model, tokenizer, data, args.seed)
         limit_vocabulary(model, data)
         model.to(args.device)
-        data.train, data.dev, data.test = (split.to(args.device) for split in (data.train, data.dev, data.test))
+        data.to(args.device)
         folder, facts = report.new_folder(args)
     clock.lap()
     report.opening(args, data, folder)
@@ -187,9 +189,9 @@ def run(args, start=None):
     schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
     log = train(model, data, schedule, args, clock, folder)
     with clock("evaluate"):
-        test = evaluate(data.test, *predictions(model, data.test), data.tags)
+        results = {name: evaluate(data, split, *predictions(model, split)) for name, split in data.evaluation.items()}
 
-    row = {**facts, "test": test, **report.totals(data, schedule, clock, log)}
+    row = {**facts, **results, **report.totals(data, schedule, clock, log)}
     report.append_line(folder.parent / "results.jsonl", row)  # before the model, whose 90 MB may not fit on the disk
     if not args.no_model:
         model.save(folder / "model")

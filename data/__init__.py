@@ -1,4 +1,4 @@
-"""Datasets by name: `load("snips", …)` returns three splits as flat arrays. See encoding.py for what is in them.
+"""Datasets by name: `load("snips", …)` returns their splits as flat arrays. See encoding.py for what is in them.
 
 At the end, what lets several processes share work: here, because every other module imports this one.
 """
@@ -7,13 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import distributed
 
-from . import demo
+from . import demo, download
 from .encoding import (
     DEFAULT_MODEL,
     IGNORE,
@@ -27,7 +28,19 @@ from .encoding import (
     number_names,
     sorted_batches,
 )
-from .readers import DataError, Examples, read_atis, read_snips
+from .readers import (
+    DataError,
+    Examples,
+    hold_out,
+    read_atis,
+    read_glue,
+    read_massive,
+    read_mnli,
+    read_mrpc,
+    read_mtop,
+    read_own,
+    read_snips,
+)
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
@@ -36,39 +49,69 @@ __all__ = [
 
 
 class Source(NamedTuple):
-    """Where a dataset comes from."""
+    """A dataset: how to read it, what it officially holds, and where it comes from."""
 
-    reader: Callable  # folder -> {"train": Examples, "dev": …, "test": …}
-    rows: tuple[int, int, int]  # train, dev, test, as published (of ATIS, after dev was held out)
-    fetch: str | None  # shell command that puts its files into {folder}; None: generated, so the reader takes no folder
+    reader: Callable  # folder -> {"train": Examples, "dev": …, "test": …}; dev or test may be absent
+    folder: str | None  # below --data-dir; None: generated, so the reader takes no folder
+    rows: tuple  # of each split, in the reader's order, as published
+    labels: int  # intents or classes, over all splits
+    slots: int | None  # slot types, over all splits; None: no figure is published. 0 for classification
+    files: list  # data.download.File
+    licence: str
+    metrics: tuple[str, ...] = ("accuracy",)  # of classification, names from metrics.CLASSIFICATION, the main one first
 
 
-# To add a dataset: write its reader in readers.py and name it here.
+PAIR = ("sentence1", "sentence2")
+NUMBER, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
+COLA_HEADER = ("source", "label", "author's mark", "sentence")  # which its files lack
+
+# To add a dataset: write its reader in readers.py, name it here, and its files in download.py.
 DATASETS = {
-    "demo": Source(demo.generate, (4000, 500, 500), None),
-    "snips": Source(read_snips, (13084, 700, 700),
-        "for s in train dev test; do for f in seq.in seq.out label; do curl --create-dirs -fLo {folder}/$s/$f https://"
-        "raw.githubusercontent.com/monologg/JointBERT/00324f60dda4a491b2913bc3065ae93966caea3f/data/snips/$s/$f; "
-        "done; done"),
-    "atis": Source(read_atis, (4480, 498, 893),
-        "for f in dict.vocab dict.slots dict.intent train.query train.slots train.intent test.query test.slots "
-        "test.intent; do curl --create-dirs -fLo {folder}/atis.$f.csv https://raw.githubusercontent.com/howl-anderson/"
-        "ATIS_dataset/24ef702b745d6a62194e343f7c147f811ff79c01/data/raw_data/ms-cntk-atis/atis.$f.csv; done"),
+    "demo": Source(demo.generate, None, (4000, 500, 500), 7, 32, [], "MIT, as this program"),
+    "snips": Source(read_snips, "snips", (13084, 700, 700), 7, 39, download.SNIPS, "CC0"),
+    "atis": Source(read_atis, "atis", (4978, 893), 26, 83, download.ATIS, "not stated"),
+    "mtop": Source(read_mtop, "mtop", (15667, 2235, 4386), 113, None, download.MTOP, "CC BY-SA 4.0"),
+    "slurp": Source(read_massive, "slurp", (11514, 2033, 2974), 60, 55, download.SLURP, "CC BY 4.0"),
+    "cola": Source(partial(read_glue, texts=("sentence",), known=NUMBER, header=COLA_HEADER), "glue/CoLA",
+                   (8551, 1043), 2, 0, download.glue("CoLA"), "see GLUE", ("matthews", "accuracy")),
+    "sst2": Source(partial(read_glue, texts=("sentence",), known=NUMBER), "glue/SST-2",
+                   (67349, 872), 2, 0, download.glue("SST-2"), "see GLUE"),
+    "mrpc": Source(read_mrpc, "glue/MRPC", (3668, 408), 2, 0, download.MRPC, "see GLUE", ("accuracy", "f1")),
+    "rte": Source(partial(read_glue, texts=PAIR, known=ENTAILMENT), "glue/RTE",
+                  (2490, 277), 2, 0, download.glue("RTE"), "see GLUE"),
+    "wnli": Source(partial(read_glue, texts=PAIR, known=NUMBER), "glue/WNLI",
+                   (635, 71), 2, 0, download.glue("WNLI"), "see GLUE"),
+    "qnli": Source(partial(read_glue, texts=("question", "sentence"), known=ENTAILMENT), "glue/QNLI",
+                   (104743, 5463), 2, 0, download.glue("QNLI", "QNLIv2"), "see GLUE"),
+    "qqp": Source(partial(read_glue, texts=("question1", "question2"), known=NUMBER, label="is_duplicate"), "glue/QQP",
+                  (363846, 40430), 2, 0, download.glue("QQP", "QQP-clean"), "see GLUE", ("accuracy", "f1")),
+    "mnli": Source(read_mnli, "glue/MNLI", (392702, 9815, 9832), 3, 0,
+                   download.glue("MNLI", splits=("train", "dev_matched", "dev_mismatched")), "see GLUE"),
 }  # fmt: skip
 
 
 @dataclass
 class Dataset:
-    """Three encoded splits and the names behind their ids; heads have n_labels and n_tags outputs."""
+    """Encoded splits and the names behind their ids; heads have n_labels and n_tags outputs."""
 
     name: str
     train: Split
-    dev: Split
-    test: Split
+    evaluation: dict[str, Split]  # "dev" and, where there are any, "test" and "dev_mismatched"
     labels: list[str]  # intents, or classes; those that train has come first
     n_labels: int  # how many labels train has
     tags: list[str]  # slot tags, likewise; empty for classification
     n_tags: int
+    metrics: tuple[str, ...] = ("accuracy",)  # of classification, the main one first
+
+    @property
+    def splits(self):
+        """All splits by name, train first."""
+        return {"train": self.train, **self.evaluation}
+
+    def to(self, device):
+        """Move all arrays to `device`."""
+        self.train = self.train.to(device)
+        self.evaluation = {name: split.to(device) for name, split in self.evaluation.items()}
 
 
 def default_folder():
@@ -76,42 +119,84 @@ def default_folder():
     return Path(os.environ.get("DATA_DIR") or Path(__file__).parent / "raw")
 
 
+def find(name, folder=None):
+    """(Source, folder of its files) of a dataset by name, or of a folder of the user's. DataError where it is neither.
+
+    folder: the one above, --data-dir.
+    """
+    if name in DATASETS:
+        source = DATASETS[name]
+        return source, source.folder and Path(folder or default_folder()) / source.folder
+    if Path(name).is_dir():
+        return Source(read_own, name, (), 0, 0, [], "the user's"), Path(name)
+    raise DataError(f"unknown dataset {name!r} (choose from {', '.join(DATASETS)}, or name a folder of your own)")
+
+
+def fetch(name, folder=None):
+    """Download the files of a dataset that are not on disk. DataError where that fails."""
+    source, path = find(name, folder)
+
+    def check(downloaded):
+        difference = unofficial(source, source.reader(downloaded))
+        if difference and not all(file.sha256 for file in source.files):
+            raise DataError(f"what was downloaded has {difference}")
+
+    if source.files:
+        download.fetch(name, path, source.files, check, source.licence)
+
+
+def unofficial(source, splits):
+    """The numbers in which splits differ from the official ones, as text; "" where there is no difference."""
+    tags = {tag for examples in splits.values() for row in examples.tags or () for tag in row}
+    counts = {
+        f"rows of {', '.join(splits)}": (tuple(map(len, splits.values())), source.rows),
+        "labels": (len({label for examples in splits.values() for label in examples.labels}), source.labels),
+        "slot types": (len({tag[2:] for tag in tags - {"O"}}), source.slots),
+    }
+    return "; ".join(f"{got} {what}, officially {wanted}" for what, (got, wanted) in counts.items()
+                     if wanted not in (got, None))  # fmt: skip
+
+
 def read(name, folder=None):
-    """The raw text of a dataset: {"train": Examples, "dev": …, "test": …}. DataError where it is absent or damaged."""
-    if name not in DATASETS:
-        raise DataError(f"unknown dataset {name!r} (choose from {', '.join(DATASETS)})")
-    reader, official, fetch = DATASETS[name]
-    if fetch is None:
-        return reader()
-    folder = Path(folder or default_folder()) / name
-    if not folder.is_dir():
-        raise DataError(f"{name}: no folder {folder}; get the files with `{fetch.format(folder=folder)}`, or say where "
-                        "they are with --data-dir (the folder above) or DATA_DIR; --dataset demo needs no files")
-    splits = reader(folder)
-    rows = tuple(len(examples.labels) for examples in splits.values())
-    if rows != official:
-        print(f"warning: {folder}: {rows} train, dev and test rows, officially {official}; results will not compare "
-              "with others'", file=sys.stderr)
-    return splits
+    """The raw text of a dataset, downloaded first where files are absent. DataError: not to be had, or damaged.
+
+    Returns {"train": Examples, "dev": …} and "test" where there is one. Where there is no dev split, a fixed tenth of
+    train is held out for it.
+    """
+    source, path = find(name, folder)
+    fetch(name, folder)
+    splits = source.reader(path) if path else source.reader()
+    if source.rows and (difference := unofficial(source, splits)):
+        print(f"warning: {path}: {difference}; results will not compare with others'", file=sys.stderr)
+    if "dev" not in splits:
+        published = len(splits["train"])
+        splits["train"], splits["dev"] = hold_out(splits["train"], share=0.1)
+        print(f"{name}: no dev split; {len(splits['dev'])} of its {published} train examples are held out for that")
+    return {split: splits[split] for split in ("train", "dev", "dev_mismatched", "test") if split in splits}
 
 
 def load(name, tokenizer, folder=None, max_length=256, max_train=None):
     """Read a dataset, number its labels and tags, and encode it.
 
-    tokenizer: a fast Hugging Face tokenizer. max_length: tokens an example, special ones included.
-    max_train: keep only the first that many train examples. Returns a Dataset. DataError as for `read`.
+    name: of DATASETS, or a folder of the user's. tokenizer: a fast Hugging Face tokenizer. max_length: tokens an
+    example, special ones included. max_train: keep only the first that many train examples. Returns a Dataset.
+    DataError as for `read`.
     """
     splits = read(name, folder)
-    train = splits["train"]
+    train = splits.pop("train")
     if max_train is not None:
-        train = splits["train"] = train.take(range(min(max_train, len(train.labels))))
-    label_ids, n_labels = number_names(train.labels, chain(splits["dev"].labels, splits["test"].labels))
+        train = train.take(range(min(max_train, len(train))))
+    label_ids, n_labels = number_names(train.labels, chain.from_iterable(e.labels for e in splits.values()))
     tag_ids, n_tags = {}, 0
     if train.tags is not None:
-        others = chain(splits["dev"].tags, splits["test"].tags)
+        others = chain.from_iterable(examples.tags for examples in splits.values())
         tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
-    encoded = {split: encode(examples, tokenizer, max_length, label_ids, tag_ids) for split, examples in splits.items()}
-    return Dataset(name, labels=list(label_ids), n_labels=n_labels, tags=list(tag_ids), n_tags=n_tags, **encoded)
+
+    def encoded(examples):
+        return encode(examples, tokenizer, max_length, label_ids, tag_ids)
+
+    return Dataset(name, encoded(train), {split: encoded(examples) for split, examples in splits.items()},
+                   list(label_ids), n_labels, list(tag_ids), n_tags, find(name, folder)[0].metrics)
 
 
 # ---- several processes (torchrun); alone, these do nothing

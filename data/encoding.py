@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +19,7 @@ transformers_logging.set_verbosity_error()  # its notes on unused pretraining he
 transformers_logging.disable_progress_bar()
 
 IGNORE = -100  # the tag of a token that carries none: PyTorch's ignore_index
-LOST = -1  # where a word's first sub-token would be, had the word survived tokenising and truncation
+LOST = -1  # where a word's first sub-token would be, had the word not been cut off
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -148,15 +149,20 @@ def sorted_batches(split, tokens=None):
 def encode(examples, tokenizer, max_length, label_ids, tag_ids):
     """Tokenise a split of text into a Split.
 
-    The first sub-token of a word carries its tag. A word that yields no sub-token, or is cut off by `max_length`
-    (tokens, special ones included), stays in the word arrays as LOST.
+    The first sub-token of a word carries its tag. A word of which the tokenizer would leave nothing becomes its
+    unknown token. A word that is cut off by `max_length` (tokens, special ones included) stays in the word arrays as
+    LOST.
     """
     tokens, types, tags, offsets, starts = array("i"), array("b"), array("h"), array("q", [0]), array("h")
     joint = examples.tags is not None
     pairs = not joint and isinstance(examples.texts[0], tuple)
     typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
-    for i in range(0, len(examples.texts), 1000):  # in chunks: the tokenizer's own objects are large
+    gone = vanishing(examples.texts, tokenizer) if joint else {}
+    bar = tqdm(total=len(examples), unit="ex", desc="encoding", leave=False, disable=None, delay=1)
+    for i in range(0, len(examples), 1000):  # in chunks: the tokenizer's own objects are large
         texts = examples.texts[i : i + 1000]
+        if gone:
+            texts = [[gone.get(word, word) for word in words] for words in texts]
         columns = zip(*texts) if pairs else [texts]
         encoded = tokenizer(*map(list, columns), is_split_into_words=joint, truncation=True, max_length=max_length,
                             return_attention_mask=False, return_token_type_ids=typed)
@@ -173,6 +179,8 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
                         first[word] = position
                     tags.append(tag_ids[names[word]] if is_first else IGNORE)
                 starts.extend(first)
+        bar.update(len(texts))
+    bar.close()
     labels = array("q", (label_ids[label] for label in examples.labels))
     split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id)
     if typed:
@@ -182,6 +190,13 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
         split.word_tags = flat(array("h", (tag_ids[name] for names in examples.tags for name in names)))
         split.word_offsets = flat(array("q", accumulate(map(len, examples.tags), initial=0)))
     return split
+
+
+def vanishing(texts, tokenizer):
+    """{word: unknown token} for the words of which the tokenizer leaves nothing, such as one of control characters."""
+    words = sorted({word for words in texts for word in words})
+    pieces = tokenizer([[word] for word in words], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return {word: tokenizer.unk_token for word, ids in zip(words, pieces) if not ids and tokenizer.unk_token}
 
 
 def flat(values):

@@ -1,5 +1,7 @@
 """Span F1 is seqeval's (conlleval's); the other numbers agree with loops over words."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
+from sklearn.metrics import f1_score as sklearn_f1
+from sklearn.metrics import matthews_corrcoef
 
 from data import LOST, Split
-from metrics import evaluate, span_f1, spans
+from metrics import evaluate, f1, matthews, span_f1, spans
 
 TAGS = ["O", "B-a", "I-a", "B-b", "I-b", "B-a-b", "I-a-b"]
+DATA = SimpleNamespace(tags=TAGS)  # what evaluate needs of a Dataset with slots
 
 
 def test_spans_agree_with_seqeval_on_random_sequences(rng):
@@ -54,7 +59,8 @@ def test_evaluate_agrees_with_a_slow_twin(rng):
         gold = split.word_tags.numpy()
         word_tags = np.where(rng.random(len(gold)) < 0.9, gold, rng.integers(LOST, len(TAGS), size=len(gold)))
         labels = np.where(rng.random(20) < 0.9, split.labels.numpy(), 0)
-        assert evaluate(split, labels, word_tags, TAGS) == pytest.approx(slow_evaluate(split, labels, word_tags, TAGS))
+        got, wanted = evaluate(DATA, split, labels, word_tags), slow_evaluate(split, labels, word_tags, TAGS)
+        assert got == pytest.approx(wanted)
 
 
 def one_utterance(tags):
@@ -63,13 +69,13 @@ def one_utterance(tags):
 
 
 def test_a_lost_word_is_an_error_even_where_its_tag_is_o():
-    metrics = evaluate(one_utterance([0, 1]), np.array([0]), np.array([LOST, 1]), TAGS)
+    metrics = evaluate(DATA, one_utterance([0, 1]), np.array([0]), np.array([LOST, 1]))
     assert metrics == {"intent_acc": 100, "slot_f1": 100, "frame_acc": 0, "slot_token_acc": 50}
 
 
 def test_a_tag_that_train_lacks_is_an_error():
     """The head has outputs for the first 3 tags only, so whatever it says of a word with tag 5 is wrong."""
-    metrics = evaluate(one_utterance([5, 0]), np.array([0]), np.array([1, 0]), TAGS)
+    metrics = evaluate(DATA, one_utterance([5, 0]), np.array([0]), np.array([1, 0]))
     assert metrics == {"intent_acc": 100, "slot_f1": 0, "frame_acc": 0, "slot_token_acc": 50}
 
 
@@ -78,5 +84,26 @@ def test_token_accuracy_is_not_span_f1():
     gold, predicted = ["B-a", "I-a", "I-a", "O"], ["B-a", "I-a", "O", "O"]
     assert span_f1([gold], [predicted]) == 0
     split = one_utterance([TAGS.index(tag) for tag in gold])
-    metrics = evaluate(split, np.array([0]), np.array([TAGS.index(tag) for tag in predicted]), TAGS)
+    metrics = evaluate(DATA, split, np.array([0]), np.array([TAGS.index(tag) for tag in predicted]))
     assert metrics["slot_token_acc"] == 75 and metrics["slot_f1"] == 0
+
+
+# ---- classification
+
+
+@given(st.lists(st.tuples(st.sampled_from("01"), st.sampled_from("01")), min_size=1, max_size=30))
+@pytest.mark.filterwarnings("ignore")  # scikit-learn warns where a class is absent
+def test_f1_and_matthews_agree_with_scikit_learn(pairs):
+    gold, predicted = np.array(pairs).T
+    assert f1(gold, predicted) == pytest.approx(sklearn_f1(gold, predicted, pos_label="1", zero_division=0))
+    assert matthews(gold, predicted) == pytest.approx(matthews_corrcoef(gold, predicted), abs=1e-9)
+
+
+@pytest.mark.parametrize("labels", [["0", "1"], ["1", "0"]])
+def test_classification_has_the_metrics_of_its_dataset_whatever_the_order_of_labels(labels):
+    """Ids depend on which labels train has; the F1 is that of the label "1" all the same."""
+    data = SimpleNamespace(labels=labels, metrics=("accuracy", "f1"))
+    gold, predicted = ([labels.index(label) for label in row] for row in ("1100", "1000"))
+    split = Split(torch.zeros(4), torch.arange(5), torch.tensor(gold), pad=0)
+    metrics = evaluate(data, split, np.array(predicted), None)
+    assert metrics == pytest.approx({"accuracy": 75, "f1": 100 * 2 / 3})

@@ -62,11 +62,11 @@ def test_heads_follow_the_seed(tiny, tokenizer, demo_data):
 def test_predictions_are_in_dataset_order_with_lost_words_marked(model, tokenizer):
     texts = [["play", "\u200b", "jazz"], ["wake", "me", "up", "at", "seven"], ["stop"]]
     examples = Examples(texts, ["x"] * 3, [["O"] * len(words) for words in texts])
-    split = encode(examples, tokenizer, 128, {"x": 0}, {"O": 0})
-    labels, tags = predictions(model, split, tokens=14)
-    assert (tags == LOST).tolist() == [False, True] + [False] * 7
+    split = encode(examples, tokenizer, 6, {"x": 0}, {"O": 0})
+    labels, tags = predictions(model, split, tokens=12)
+    assert (tags == LOST).tolist() == [False] * 7 + [True, False]  # "seven" is cut off
     for i, words in enumerate(texts):
-        alone = encode(examples.take([i]), tokenizer, 128, {"x": 0}, {"O": 0})
+        alone = encode(examples.take([i]), tokenizer, 6, {"x": 0}, {"O": 0})
         label, alone_tags = predictions(model, alone)
         start = sum(map(len, texts[:i]))
         assert label[0] == labels[i] and alone_tags.tolist() == tags[start : start + len(words)].tolist()
@@ -136,7 +136,8 @@ def test_softmax_is_softmax(length):
 def test_inference_is_without_dropout_and_leaves_the_mode_alone(model, demo_data):
     model.train()
     cut = [np.arange(99), np.arange(99, 120)]
-    one, two = (torch.cat([outputs[0] for _, outputs in infer(model, demo_data.dev, cut)]) for _ in range(2))
+    dev = demo_data.evaluation["dev"]
+    one, two = (torch.cat([outputs[0] for _, outputs in infer(model, dev, cut)]) for _ in range(2))
     assert torch.equal(one, two) and model.training
 
 
@@ -163,14 +164,15 @@ def test_training_the_rows_in_use_is_training_the_whole_table(tiny, tokenizer, d
 
 def test_a_saved_model_predicts_the_same(model, tiny, tokenizer, demo_data, tmp_path):
     limit_vocabulary(model, demo_data)
-    wanted = predictions(model.eval(), demo_data.test)
+    wanted = predictions(model.eval(), demo_data.evaluation["test"])
     model.save(tmp_path)
     again = NLUModel.load(tmp_path)
-    got = predictions(again, demo_data.test)
+    got = predictions(again, demo_data.evaluation["test"])
     assert np.array_equal(wanted[0], got[0]) and np.array_equal(wanted[1], got[1])
     (label, tagged), = again.predict(["wake me up at seven"])
     assert label in demo_data.labels and [word for word, _ in tagged] == ["wake", "me", "up", "at", "seven"]
-    assert again.predict(["\u200b jazz"])[0][1][0] == ("\u200b", "O")
+    assert [word for word, _ in again.predict(["\u200b jazz"])[0][1]] == ["\u200b", "jazz"]
+    assert again.predict([" ".join(["seven"] * 200)])[0][1][-1] == ("seven", "O")  # beyond the longest input
     NLUModel.build(str(tmp_path), load_tokenizer(str(tmp_path)), demo_data, seed=0)  # the folder works as --model
 
 
@@ -208,7 +210,7 @@ def test_a_token_outside_the_limited_vocabulary_fails_loudly(model, demo_data):
 def classification(tokenizer, texts):
     """A Dataset of three identical splits in two classes."""
     split = encode(Examples(texts, ["yes", "no"] * (len(texts) // 2)), tokenizer, 128, {"no": 0, "yes": 1}, {})
-    return Dataset("two classes", split, split, split, ["no", "yes"], 2, [], 0)
+    return Dataset("two classes", split, {"dev": split, "test": split}, ["no", "yes"], 2, [], 0)
 
 
 @pytest.mark.parametrize("texts", [["wake me", "play jazz"] * 8, [("wake me", "now"), ("play jazz", "please")] * 8])
@@ -221,8 +223,8 @@ def test_a_classifier_has_no_slots_and_learns(tiny, tokenizer, texts, tmp_path):
         losses(model.train()(batch), batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    labels, tags = predictions(model, data.test)
-    assert labels.tolist() == data.test.labels.tolist() and tags is None
+    labels, tags = predictions(model, data.evaluation["test"])
+    assert labels.tolist() == data.evaluation["test"].labels.tolist() and tags is None
     model.save(tmp_path)
     assert [label for label, _ in NLUModel.load(tmp_path).predict(texts[:2])] == ["yes", "no"]
 
@@ -240,6 +242,6 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, content):
 
 def test_too_long_examples_are_refused(tiny, tokenizer, demo_data):
     split = encode(Examples([["wake"] * 300], ["x"], [["O"] * 300]), tokenizer, 400, {"x": 0}, {"O": 0})
-    data = Dataset("long", split, split, split, ["x"], 1, ["O"], 1)
+    data = Dataset("long", split, {"dev": split}, ["x"], 1, ["O"], 1)
     with pytest.raises(ModelError, match="takes at most 128 tokens, but long has one of 302; --max-length 128"):
         NLUModel.build(tiny, tokenizer, data, seed=0)

@@ -42,11 +42,11 @@ def test_el2n_agrees_with_one_example_at_a_time(rng, scale):
 @pytest.mark.parametrize("method", SCORES)
 def test_scoring_is_repeatable_and_independent_of_batches(model, demo_data, method, rng):
     model.train()
-    one, two, small = (score(model, demo_data.dev, method, rng, size) for size in (None, None, 99))
+    one, two, small = (score(model, demo_data.evaluation["dev"], method, rng, size) for size in (None, None, 99))
     assert one.dtype == np.float32 and one.shape == (500,)
     assert np.array_equal(one, two)
     np.testing.assert_allclose(small, one, atol=1e-5, rtol=1e-5)
-    batch = demo_data.dev.batch(np.array([123]))
+    batch = demo_data.evaluation["dev"].batch(np.array([123]))
     with torch.inference_mode():
         np.testing.assert_allclose(SCORES[method](model.eval()(batch), batch), one[123], rtol=1e-5)
 

@@ -69,7 +69,7 @@ def test_the_saved_model_has_the_metrics_of_the_row(run):
     row, folder = run()
     model = NLUModel.load(folder / "model")
     data = load("demo", load_tokenizer(folder / "model"), max_train=400)
-    metrics = train.evaluate(data.test, *predictions(model, data.test), data.tags)
+    metrics = train.evaluate(data, data.evaluation["test"], *predictions(model, data.evaluation["test"]))
     assert metrics == row["test"]
 
 
@@ -211,7 +211,7 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(flags, message, capsys
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--max-train", "40"], "that is 20 of 40 train examples, less than one batch of 32"),
-    (["--dataset", "snips", "--data-dir", "/nonexistent"], "no folder /nonexistent/snips; get the files with"),
+    (["--dataset", "snips", "--data-dir", "/proc/nope"], "/proc/nope/snips could not be written"),
     (["--model", "/nonexistent/model"], "--model /nonexistent/model:"),
     (["--model", "no-such/model"], "--model no-such/model:"),
     (["--out", "/proc/nope"], "--out /proc/nope:"),
