@@ -29,13 +29,14 @@ from .encoding import (
     sorted_batches,
 )
 from .readers import (
+    COLA_HEADER,
+    TRAIN_AND_DEV,
     DataError,
     Examples,
     hold_out,
     read_atis,
     read_glue,
     read_massive,
-    read_mnli,
     read_mrpc,
     read_mtop,
     read_own,
@@ -58,12 +59,18 @@ class Source(NamedTuple):
     slots: int | None  # slot types, over all splits; None: no figure is published. 0 for classification
     files: list  # data.download.File
     licence: str
-    metrics: tuple[str, ...] = ("accuracy",)  # of classification, names from metrics.CLASSIFICATION, the main one first
+    metrics: tuple[str, ...] = ("accuracy",)  # of classification: of metrics.CLASSIFICATION, the main one first
 
 
-PAIR = ("sentence1", "sentence2")
-NUMBER, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
-COLA_HEADER = ("source", "label", "author's mark", "sentence")  # which its files lack
+def glue(task, rows, texts, known=("0", "1"), archive=None, metrics=("accuracy",), splits=TRAIN_AND_DEV, **table):
+    """The Source of a GLUE task: `archive`.zip has a folder `task` with a .tsv file for each split."""
+    reader = partial(read_glue, texts=texts, known=known, splits=splits, **table)
+    files = download.glue(task, archive or task, [f"{file}.tsv" for file in splits.values()])
+    return Source(reader, f"glue/{task}", rows, len(known), 0, files, "see GLUE", metrics)
+
+
+ONE, TWO = ("sentence",), ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
 
 # To add a dataset: write its reader in readers.py, name it here, and its files in download.py.
 DATASETS = {
@@ -72,21 +79,16 @@ DATASETS = {
     "atis": Source(read_atis, "atis", (4978, 893), 26, 83, download.ATIS, "not stated"),
     "mtop": Source(read_mtop, "mtop", (15667, 2235, 4386), 113, None, download.MTOP, "CC BY-SA 4.0"),
     "slurp": Source(read_massive, "slurp", (11514, 2033, 2974), 60, 55, download.SLURP, "CC BY 4.0"),
-    "cola": Source(partial(read_glue, texts=("sentence",), known=NUMBER, header=COLA_HEADER), "glue/CoLA",
-                   (8551, 1043), 2, 0, download.glue("CoLA"), "see GLUE", ("matthews", "accuracy")),
-    "sst2": Source(partial(read_glue, texts=("sentence",), known=NUMBER), "glue/SST-2",
-                   (67349, 872), 2, 0, download.glue("SST-2"), "see GLUE"),
+    "cola": glue("CoLA", (8551, 1043), ONE, header=COLA_HEADER, metrics=("matthews", "accuracy")),
+    "sst2": glue("SST-2", (67349, 872), ONE),
     "mrpc": Source(read_mrpc, "glue/MRPC", (3668, 408), 2, 0, download.MRPC, "see GLUE", ("accuracy", "f1")),
-    "rte": Source(partial(read_glue, texts=PAIR, known=ENTAILMENT), "glue/RTE",
-                  (2490, 277), 2, 0, download.glue("RTE"), "see GLUE"),
-    "wnli": Source(partial(read_glue, texts=PAIR, known=NUMBER), "glue/WNLI",
-                   (635, 71), 2, 0, download.glue("WNLI"), "see GLUE"),
-    "qnli": Source(partial(read_glue, texts=("question", "sentence"), known=ENTAILMENT), "glue/QNLI",
-                   (104743, 5463), 2, 0, download.glue("QNLI", "QNLIv2"), "see GLUE"),
-    "qqp": Source(partial(read_glue, texts=("question1", "question2"), known=NUMBER, label="is_duplicate"), "glue/QQP",
-                  (363846, 40430), 2, 0, download.glue("QQP", "QQP-clean"), "see GLUE", ("accuracy", "f1")),
-    "mnli": Source(read_mnli, "glue/MNLI", (392702, 9815, 9832), 3, 0,
-                   download.glue("MNLI", splits=("train", "dev_matched", "dev_mismatched")), "see GLUE"),
+    "rte": glue("RTE", (2490, 277), TWO, ENTAILMENT),
+    "wnli": glue("WNLI", (635, 71), TWO),
+    "qnli": glue("QNLI", (104743, 5463), ("question", "sentence"), ENTAILMENT, archive="QNLIv2"),
+    "qqp": glue("QQP", (363846, 40430), ("question1", "question2"), archive="QQP-clean", label="is_duplicate",
+                metrics=("accuracy", "f1")),
+    "mnli": glue("MNLI", (392702, 9815, 9832), TWO, ("contradiction", "entailment", "neutral"), label="gold_label",
+                 splits={"train": "train", "dev": "dev_matched", "dev_mismatched": "dev_mismatched"}),
 }  # fmt: skip
 
 

@@ -43,14 +43,15 @@ def fetch(name, folder, files, check, licence=""):
     for each other. DataError if anything fails: it says what to put where by hand.
     """
     folder, scratch = Path(folder), Path(folder) / ".download"
-    paths = ", ".join(file.path for file in files)
-    by_hand = f"get {paths} into {folder} in another way, or name the folder above it with --data-dir or DATA_DIR"
-    if not absent(folder, files):
+    wanted = absent(folder, files)
+    if not wanted:
         return
+    paths = ", ".join(file.path for file in wanted)
+    by_hand = f"get {paths} into {folder} in another way, or name the folder above it with --data-dir or DATA_DIR"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock"):
-            wanted = absent(folder, files)  # none, perhaps, as another process had the lock before
+            wanted = absent(folder, files)  # none, where another process had the lock before
             try:
                 if wanted:
                     print(f"{name}: fetching {len(files)} files to {folder} (licence: {licence})", flush=True)
@@ -156,10 +157,9 @@ def hashed(address, sums):
     return [File(path, f"{address}/{path}", sha256) for sha256, path in map(str.split, sums.strip().splitlines())]
 
 
-def glue(task, archive=None, splits=("train", "dev")):
-    """The files of a GLUE task, from its archive."""
-    address = f"{FAIR}/glue/data/{archive or task}.zip"
-    return [File(f"{split}.tsv", address, member=f"{task}/{split}.tsv") for split in splits]
+def glue(task, archive, files):
+    """The files of a GLUE task, which are in the folder `task` of an archive."""
+    return [File(file, f"{FAIR}/glue/data/{archive}.zip", member=f"{task}/{file}") for file in files]
 
 
 SNIPS = hashed(JOINTBERT, """

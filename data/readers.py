@@ -290,18 +290,14 @@ def read_massive(folder):
 # ---- classification
 
 
-def read_glue(folder, texts, known, label="label", header=None, splits=("train", "dev")):
-    """A task of GLUE: a .tsv file for each split. The arguments are those of read_table."""
-    paths = {split: Path(folder) / f"{split}.tsv" for split in splits}
+TRAIN_AND_DEV = {"train": "train", "dev": "dev"}
+COLA_HEADER = ("source", "label", "author's mark", "sentence")  # which its files lack
+
+
+def read_glue(folder, texts, known, label="label", header=None, splits=TRAIN_AND_DEV):
+    """A task of GLUE. splits: {split: its .tsv file}; the other arguments are those of read_table."""
+    paths = {split: Path(folder) / f"{file}.tsv" for split, file in splits.items()}
     return {split: read_table(path, texts, label, known, header) for split, path in paths.items()}
-
-
-def read_mnli(folder):
-    """MNLI: the dev set of the genres that train has is `dev`; that of other genres, `dev_mismatched`."""
-    known = ("contradiction", "entailment", "neutral")
-    splits = read_glue(folder, ("sentence1", "sentence2"), known, "gold_label",
-                       splits=("train", "dev_matched", "dev_mismatched"))  # fmt: skip
-    return {"train": splits["train"], "dev": splits["dev_matched"], "dev_mismatched": splits["dev_mismatched"]}
 
 
 def read_mrpc(folder):

@@ -29,7 +29,7 @@ def test_real_files_hold_what_is_official(raw, tokenizer, name):
 
 def test_qnli_dev_has_its_official_rows(raw):
     source = DATASETS["qnli"]
-    assert len(source.reader(raw / source.folder, splits=("dev",))["dev"]) == source.rows[1]
+    assert len(source.reader(raw / source.folder, splits={"dev": "dev"})["dev"]) == source.rows[1]
 
 
 def test_atis_has_no_sentence_boundaries_and_a_dev_set_from_train(raw, tokenizer, capsys):
