@@ -324,6 +324,17 @@ class FlatAdamW:
         self.adam.step()
         self.copy.copy_(self.master)
 
+    def state(self):
+        """What the next step depends on, as fp32 arrays: master, exp_avg and exp_avg_sq, each (W,), and step, ()."""
+        return {name: x.cpu().numpy() for name, x in {"master": self.master, **self.adam.state[self.master]}.items()}
+
+    def load(self, state):
+        """Go on from what `state` returned."""
+        adam = {name: torch.from_numpy(x).to(self.master.device) for name, x in state.items()}
+        self.master.copy_(adam.pop("master"))
+        self.copy.copy_(self.master)
+        self.adam.state[self.master] = adam
+
     def restore(self):
         """Give the model its weights in fp32; the optimizer is of no use after this."""
         for weight, view in zip(self.weights, self.views(self.master)):

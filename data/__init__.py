@@ -31,7 +31,7 @@ from .readers import DataError, Examples, read_atis, read_snips
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "add_up", "batches", "encode", "load", "load_tokenizer", "rank", "share", "sorted_batches",
+    "add_up", "batches", "encode", "from_first", "load", "load_tokenizer", "rank", "share", "sorted_batches",
 ]  # fmt: skip
 
 
@@ -132,3 +132,11 @@ def add_up(tensor):
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor
+
+
+def from_first(value):
+    """What the first process has, whatever it is, in all of them."""
+    box = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(box)
+    return box[0]
