@@ -125,6 +125,8 @@ class NLUModel(nn.Module):
         encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
         try:
             names = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))
+            if not all(isinstance(name, str) for name in [] + names["labels"] + names["tags"]):
+                raise TypeError("labels.json: two lists of names were expected")
             model = cls(encoder, tokenizer, names["labels"], names["tags"])
             weights = load_file(Path(folder, "heads.safetensors"))
             model.load_state_dict({**weights, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}})

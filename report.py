@@ -261,12 +261,12 @@ def load_checkpoint(folder, identity):
     try:
         raw = memoryview(path.read_bytes())
         if hashlib.sha256(raw[32:]).digest() != raw[:32]:
-            raise ValueError("its checksum is wrong")
+            raise ValueError("the checksum is wrong")
         state = converted(torch.load(io.BytesIO(raw[32:]), weights_only=True), torch.Tensor, torch.Tensor.numpy)
         other = [name for name in identity if state["identity"].get(name) != identity[name]]
-    except Exception as error:  # whatever foreign bytes make torch.load raise
-        raise RunError(f"{path}: damaged, or no checkpoint of this program ({one_line(error)}); without this file, "
-                       "--resume starts the run again") from None
+    except Exception:  # whatever foreign bytes make torch.load raise; it would go on to advise weights_only=False
+        raise RunError(f"{path}: damaged, or no checkpoint of this program; without this file, --resume starts the run "
+                       "again") from None
     if other:
         raise RunError(f"{path}: of another run, with other {', '.join(other)}; without this file, --resume starts "
                        "this run again")

@@ -26,8 +26,12 @@ def raw():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of a two-layer BERT with random weights and a vocabulary of letters and a few hundred demo words."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """Folder of the tiny BERT."""
+    return tiny_bert(tmp_path_factory.mktemp("tiny"))
+
+
+def tiny_bert(folder):
+    """Write a two-layer BERT with random weights and a vocabulary of letters and a few hundred demo words."""
     texts = demo.generate()["train"].texts
     letters = sorted({letter for words in texts for word in words for letter in word})
     words = sorted({word for words in texts[:1500] for word in words})
