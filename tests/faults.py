@@ -121,8 +121,9 @@ class Lab:
         os.kill(pid, number)
         return self.wait(pid)
 
-    def stopped(self, epoch=3):
+    def stopped(self, *flags, epoch=3):
         """A run that was killed after it had saved the checkpoint of this epoch. Returns its folder."""
+
         def go():
             save = report.save_checkpoint
 
@@ -132,7 +133,7 @@ class Lab:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             report.save_checkpoint = save_and_die
-            return train.main(self.command(out))
+            return train.main(self.command(out, *flags))
 
         out = self.out()
         assert self.wait(self.start(go))[0] == -signal.SIGKILL
@@ -292,12 +293,9 @@ def foreign_checkpoint(lab):
     folder = lab.stopped()
     flags = (["--seed", "1"], ["--max-train", "239"], ["--lr", "1e-3"], ["--keep", "0.4"])
     for changed in flags:
-        other = lab.out()
-        status, _ = lab.wait(lab.start(lambda other=other, changed=changed: die_before_change(3, other) or train.main(
-            lab.command(other, *changed))))
-        assert status == -signal.SIGKILL
-        shutil.copy(folder / "checkpoint.pt", only_folder(other))
-        status, errors = lab.wait(lab.start(lambda other=other: train.main(["--resume", str(only_folder(other))])))
+        other = lab.stopped(*changed, epoch=1)
+        shutil.copy(folder / "checkpoint.pt", other)
+        status, errors = lab.wait(lab.start(lambda other=other: train.main(["--resume", str(other)])))
         assert status == 2 and f"of another run, with other {changed[0][2:].replace('-', '_')}" in errors[0], errors
     return len(flags), "refused in one line that says what differs"
 
