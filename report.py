@@ -103,10 +103,11 @@ def new_folder(args):
                 folder = out / (name + suffix)
                 folder.mkdir()
                 facts = {"folder": str(folder), "args": flags(args), "environment": environment(args.device)}
-                config = open(folder / "config.json", "x")  # noqa: SIM115 (it stays open)
+                config = open(folder / "config.json.part", "x")  # noqa: SIM115 (it stays open)
                 lock(config)
                 json.dump(facts, config, indent=1)
                 config.flush()
+                publish(Path(config.name), folder / "config.json")
                 return folder, facts, config
     except OSError as error:
         raise OSError(f"--out {out}: {error.strerror} ({error.filename}); name a folder that can be written") from None

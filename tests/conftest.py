@@ -62,5 +62,14 @@ def model(tiny, tokenizer, demo_data):
 
 
 @pytest.fixture
+def one_thread():
+    """For tiny models: threads would mostly wait for each other, very long where other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(7)

@@ -278,7 +278,7 @@ def test_every_reader_is_fuzzed():
 
 @pytest.mark.parametrize("name", [*DATASET_FILES, "checkpoint", "sealed checkpoint", "config.json", "results.jsonl",
                                   "model folder"])
-def test_damaged_input_is_valid_or_refused_in_one_line(tiny, tmp_path, name):
+def test_damaged_input_is_valid_or_refused_in_one_line(tiny, tmp_path, one_thread, name):
     torch.manual_seed(0)
     times = 30 if name == "model folder" else 150
     valid, refused = fuzz(subjects(tmp_path, tiny)[name], times, np.random.default_rng(0), tmp_path / "fuzz")
