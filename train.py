@@ -11,19 +11,16 @@ import time
 START = time.perf_counter()  # before the slow imports, so that they count as loading
 
 import argparse
-import os
 import signal
 import sys
-import tempfile
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
 
 import report
-from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, add_up, batches, load, load_tokenizer, rank, share
+from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, load, load_tokenizer
+from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, kept_size, select
@@ -182,31 +179,6 @@ def parse(argv=None):
     return args
 
 
-@contextmanager
-def processes(args):
-    """Where torchrun starts several processes: join them. All but the first print errors only, and leave nothing."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":
-        yield
-        return
-    on_gpu = torch.device(args.device).type == "cuda"
-    try:
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            args.device = "cuda"  # the one just set, whichever --device names
-        distributed.init_process_group("nccl" if on_gpu else "gloo")
-    except (ValueError, KeyError) as error:  # a variable is absent, or no number
-        raise RunError(f"WORLD_SIZE is {world}, but {report.one_line(error)}; start several processes with torchrun, "
-                       "or unset WORLD_SIZE") from None
-    if rank() == 0:
-        yield
-    else:
-        with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as silence, redirect_stdout(silence):
-            args.out, args.no_model, args.resume = scratch, True, None
-            yield
-    distributed.destroy_process_group()
-
-
 def run(args, start=None):
     """Load, train, evaluate, save, record. start: perf_counter() from which loading counts (now). Returns the row that
     was appended to results.jsonl."""
@@ -262,7 +234,7 @@ def main(argv=None, start=None):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             message = f"error: out of memory; lower --batch-size {args.batch_size} or --max-length {args.max_length}"
-        elif isinstance(error, distributed.DistError) or (distributed.is_initialized() and "onnection" in str(error)):
+        elif lost_process(error):
             message = f"error: lost another process of this run ({str(error).splitlines()[0]})"
         else:
             raise

@@ -1,7 +1,4 @@
-"""Datasets by name: `load("snips", …)` returns three splits as flat arrays. See encoding.py for what is in them.
-
-At the end, what lets several processes share work: here, because every other module imports this one.
-"""
+"""Datasets by name: `load("snips", …)` returns three splits as flat arrays. See encoding.py for what is in them."""
 
 import os
 import sys
@@ -10,8 +7,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-
-from torch import distributed
 
 from . import demo
 from .encoding import (
@@ -27,6 +22,7 @@ from .encoding import (
     number_names,
     sorted_batches,
 )
+from .parallel import add_up, from_first, rank, share
 from .readers import DataError, Examples, read_atis, read_snips
 
 __all__ = [
@@ -112,31 +108,3 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
         tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
     encoded = {split: encode(examples, tokenizer, max_length, label_ids, tag_ids) for split, examples in splits.items()}
     return Dataset(name, labels=list(label_ids), n_labels=n_labels, tags=list(tag_ids), n_tags=n_tags, **encoded)
-
-
-# ---- several processes (torchrun); alone, these do nothing
-
-
-def rank():
-    """Number of this process among those that torchrun started; 0 if it is alone."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def share(items):
-    """What this process takes of a list or array that several work on (torchrun): every world-th; alone, all of it."""
-    return items[distributed.get_rank() :: distributed.get_world_size()] if distributed.is_initialized() else items
-
-
-def add_up(tensor):
-    """Sum a tensor over all processes, in place. Returns it."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def from_first(value):
-    """What the first process has, whatever it is, in all of them."""
-    box = [value]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(box)
-    return box[0]

@@ -168,7 +168,7 @@ def only_folder(out):
 def kill_9(lab):
     """`kill -9` at a random moment, every second time again while resuming"""
     kills = 0
-    while kills < lab.times(6, 50):
+    while kills < lab.times(4, 50):
         out = lab.out()
         lab.kill_later(lab.command(out))
         kills += 1
@@ -202,7 +202,7 @@ def kill_9_at_every_change(lab):
     """`kill -9` just before the n-th change to a file or folder, for every n"""
     n = 0
     while True:
-        n += lab.times(12, 1)
+        n += lab.times(20, 1)
         out = lab.out()
 
         def go(n=n, out=out):
@@ -215,7 +215,7 @@ def kill_9_at_every_change(lab):
         assert status == -signal.SIGKILL, errors
         lab.assert_same(lab.resume(out))
         shutil.rmtree(out)
-    return n // lab.times(12, 1) - 1, "resumed; as of an uninterrupted run, bit for bit; the row is there once"
+    return n // lab.times(20, 1) - 1, "resumed; as of an uninterrupted run, bit for bit; the row is there once"
 
 
 def interrupt(lab):

@@ -71,7 +71,7 @@ def test_the_saved_model_has_the_metrics_of_the_row(run):
 
 def read_rounds(folder):
     """{file name: {array name: array}} of all scoring rounds."""
-    return {path.name: dict(np.load(path)) for path in sorted((folder / "rounds").iterdir())}
+    return {path.name: dict(np.load(path)) for path in sorted(folder.glob("rounds/*"))}
 
 
 def assert_same_training(first, second):
