@@ -125,6 +125,8 @@ class NLUModel(nn.Module):
         encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
         try:
             names = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))
+            if not all(isinstance(name, str) for name in [] + names["labels"] + names["tags"]):
+                raise TypeError("labels.json: two lists of names were expected")
             model = cls(encoder, tokenizer, names["labels"], names["tags"])
             weights = load_file(Path(folder, "heads.safetensors"))
             model.load_state_dict({**weights, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}})
@@ -323,6 +325,17 @@ class FlatAdamW:
         self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)
         self.adam.step()
         self.copy.copy_(self.master)
+
+    def state(self):
+        """What the next step depends on, as fp32 arrays: master, exp_avg and exp_avg_sq, each (W,), and step, ()."""
+        return {name: x.cpu().numpy() for name, x in {"master": self.master, **self.adam.state[self.master]}.items()}
+
+    def load(self, state):
+        """Go on from what `state` returned."""
+        adam = {name: torch.from_numpy(x).to(self.master.device) for name, x in state.items()}
+        self.master.copy_(adam.pop("master"))
+        self.copy.copy_(self.master)
+        self.adam.state[self.master] = adam
 
     def restore(self):
         """Give the model its weights in fp32; the optimizer is of no use after this."""

@@ -1,12 +1,17 @@
-"""What runs leave and what they show: times, log lines, scores, the machine, the closing summary, the table over many.
+"""What runs leave and what they show: times, log lines, scores, checkpoints, the closing summary, the table over many.
 
     python report.py runs/results.jsonl
 """
 
 import argparse
+import fcntl
+import hashlib
+import io
 import json
 import os
 import platform
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,9 +24,14 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import demo, rank
+from data import demo, from_first, rank
+from data.encoding import one_line
 
 CHECKOUT = Path(__file__).resolve().parent
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on. The message is one line."""
 
 
 class Clock:
@@ -43,6 +53,11 @@ class Clock:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
 
+    def add(self, seconds):
+        """Count seconds by phase of an earlier part of this run, too."""
+        for phase, s in seconds.items():
+            self.seconds[phase] = s + self.seconds.get(phase, 0.0)
+
     def lap(self):
         """Seconds by phase since the last lap, without the phases that had none."""
         lap = {phase: round(s - self.laps.get(phase, 0.0), 4) for phase, s in self.seconds.items()}
@@ -56,9 +71,28 @@ def progress(epoch, epochs, kept, n):
                 disable=True if rank() else None)
 
 
+# ---- a run's folder: one run at a time, files whole or not there
+
+
+def lock(file, wait=False):
+    """Keep an open file from other processes that lock it, until it is closed: by the kernel, too, after kill -9.
+    BlockingIOError where another holds it, unless told to wait."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some network file systems have no locks
+
+
+def flags(args):
+    """What config.json keeps of the flags: all that make a run what it is, as a dict."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "folder")}
+
+
 def new_folder(args):
-    """A new folder for this run under --out, with its config.json. Returns the folder and what is in that file; OSError
-    where one cannot be made or results.jsonl not written."""
+    """A new folder for this run under --out, with its config.json. Returns the folder, what is in that file, and the
+    open file, a lock; OSError where a folder cannot be made or results.jsonl not written."""
     out = Path(args.out)
     dataset = Path(args.dataset).resolve().name  # the last part of a folder of the user's
     name = f"{dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -69,27 +103,213 @@ def new_folder(args):
             with suppress(FileExistsError):
                 folder = out / (name + suffix)
                 folder.mkdir()
-                facts = {"folder": str(folder), "args": vars(args), "environment": environment(args.device)}
-                (folder / "config.json").write_text(json.dumps(facts, indent=1))
-                return folder, facts
+                facts = {"folder": str(folder), "args": flags(args), "environment": environment(args.device)}
+                config = open(folder / "config.json.part", "x")  # noqa: SIM115 (it stays open)
+                lock(config)
+                json.dump(facts, config, indent=1)
+                config.flush()
+                publish(Path(config.name), folder / "config.json")
+                return folder, facts, config
     except OSError as error:
         raise OSError(f"--out {out}: {error.strerror} ({error.filename}); name a folder that can be written") from None
     raise OSError(f"--out {out}: too many runs named {name}")
 
 
+def read_config(folder):
+    """A run's config.json, {"args": {flag: value}, "environment": {…}, …}. RunError where there is none."""
+    try:
+        facts = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        if not (isinstance(facts["args"], dict) and isinstance(facts["environment"], dict)):
+            raise TypeError("flags and environment were expected")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{folder}: no run's folder, its config.json cannot be read ({one_line(error)})") from None
+    return facts
+
+
+def command_line(folder):
+    """The flags of a run as a list of arguments, to be checked like a user's."""
+    given = read_config(folder)["args"].items()
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given
+            if value is not None and value is not False]  # fmt: skip
+
+
+def recorded(folder):
+    """A run's row in results.jsonl, or None."""
+    path = folder.parent / "results.jsonl"
+    rows = read_rows([path]) if path.exists() else []
+    return next((row for row in rows if Path(str(row.get("folder"))).name == folder.name), None)
+
+
+def finished(folder):
+    """The row of a run that is done, its model saved; else None."""
+    row = recorded(folder)
+    return row if row and (row["args"]["no_model"] or (folder / "model").is_dir()) else None
+
+
+def reopen(args):
+    """The run that --resume means; auto: of those in --out with the same flags, the newest unfinished, or the newest.
+
+    Returns (folder, what is in its config.json, that file open: a lock) or None where a new run is to start; and the
+    row of a run that needs nothing more, or None, in all processes. RunError where it cannot be gone on with.
+    """
+    folder = Path(args.resume) if args.resume else None
+    if args.resume == "auto":
+        same = []
+        for config in Path(args.out).glob("*/config.json"):
+            with suppress(RunError):  # something else
+                if read_config(config.parent)["args"] | {"out": args.out} == flags(args):
+                    same.append((finished(config.parent) is None, config.stat().st_mtime_ns, config.parent))
+        folder = max(same)[-1] if same else None
+        if not folder:
+            print(f"no run with these flags in {args.out}/ yet: a new one starts", flush=True)
+    if not folder:
+        return None, from_first(None)
+    facts, config = read_config(folder), open(folder / "config.json", "r+")  # noqa: SIM115 (it stays open)
+    try:
+        lock(config)
+    except BlockingIOError:
+        raise RunError(f"{folder}: in use by a run that is going on; wait for its end, or end it first") from None
+    if (folder / "model").is_dir() and not recorded(folder):
+        raise RunError(f"{folder}: has its model but no row in {folder.parent / 'results.jsonl'}; was that file moved?")
+    done, here = finished(folder), environment(args.device)
+    changed = [name for name in here if here[name] != facts["environment"].get(name)]
+    if changed and not done:
+        print(f"warning: {folder}: began in another environment ({', '.join(changed)}); what comes out may differ from "
+              "an uninterrupted run", file=sys.stderr)
+    if done:
+        remove_checkpoints(folder)  # where the run was killed just before it would have done so
+    return (folder, facts | {"folder": str(folder), "args": flags(args)}, config), from_first(done)
+
+
+def going_on(args):
+    """What to say behind an error: how the run can be resumed; nothing where it had not begun."""
+    if args is None or args.folder is None:
+        return ""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = "python" if processes == "1" else f"torchrun --nproc_per_node={processes}"
+    script = CHECKOUT / "train.py" if Path.cwd() != CHECKOUT else "train.py"
+    return f"; to go on: {launcher} {shlex.quote(str(script))} --resume {shlex.quote(str(args.folder))}"
+
+
+def check_space(folder, weights):
+    """OSError where the disk of `folder`, which need not exist, has no room for two checkpoints: in each, these weights
+    and two averages of them. The saved model takes less than one, and is written when there is only one."""
+    folder, size = Path(folder).absolute(), 6 * sum(weight.nbytes for weight in weights)
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if free < size and rank() == 0:
+        raise OSError(f"--out {folder}: {free / 1e6:.0f} MB are free on this disk, and two checkpoints take "
+                      f"{size / 1e6:.0f} MB; make room, or name another folder")
+
+
+def publish(part, path):
+    """Give what was written under a temporary name, a file or a folder of files, its own when all is on the disk."""
+    for name in (*(part.iterdir() if part.is_dir() else [part]), part.parent):
+        descriptor = os.open(name, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    os.replace(part, path)
+
+
+@contextmanager
+def whole_file(path):
+    """`with whole_file(path) as file: …`: the file is there with all that is written to it, or as it was before."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        publish(part, path)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}; it is left as it was") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def append_line(path, fields):
-    """One line of JSON, in one unbuffered write, so that lines of runs that end together do not mix."""
+    """One line of JSON, whole or not at all, whatever other processes append at the same time."""
     line = json.dumps(fields).encode() + b"\n"
-    with open(path, "ab", buffering=0) as file:
-        if file.write(line) != len(line):
-            raise OSError(f"{path}: the line could not be written whole; is the disk full?")
+    with open(path, "a+b", buffering=0) as file:
+        lock(file, wait=True)
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line  # or a line that a crash cut off would swallow this one
+        try:
+            written = file.write(line)
+        except OSError as error:
+            raise OSError(f"{path}: {error.strerror}; no line was added") from None
+        if written != len(line):
+            file.truncate(size)
+            raise OSError(f"{path}: no space left for a whole line; none was added")
 
 
-def opening(args, data, folder):
-    """Say what is about to be done."""
+def save_checkpoint(folder, state):
+    """checkpoint.pt: 32 bytes, the SHA-256 of the rest; then `state`, as torch.save writes it.
+
+    state: a nested dict of NumPy arrays and plain values. Only the first of several processes writes.
+    """
+    if rank() == 0:
+        body = io.BytesIO()
+        torch.save(converted(state, np.ndarray, torch.from_numpy), body)
+        with whole_file(folder / "checkpoint.pt") as file:
+            file.write(hashlib.sha256(body.getbuffer()).digest())
+            file.write(body.getbuffer())
+
+
+def load_checkpoint(folder, identity):
+    """What the first process' `save_checkpoint` wrote, in all processes; None where it has written nothing. RunError
+    where the file is damaged, or its "identity" is not that of this run."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return from_first(None)
+    try:
+        raw = memoryview(path.read_bytes())
+        if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+            raise ValueError("the checksum is wrong")
+        state = converted(torch.load(io.BytesIO(raw[32:]), weights_only=True), torch.Tensor, torch.Tensor.numpy)
+        other = [name for name in identity if state["identity"].get(name) != identity[name]]
+    except Exception:  # whatever foreign bytes make torch.load raise; it would go on to advise weights_only=False
+        raise RunError(f"{path}: damaged, or no checkpoint of this program; without this file, --resume starts the run "
+                       "again") from None
+    if other:
+        raise RunError(f"{path}: of another run, with other {', '.join(other)}; without this file, --resume starts "
+                       "this run again")
+    return from_first(state)
+
+
+def converted(tree, kind, function):
+    """A nested dict with `function` of each value of that kind."""
+    if isinstance(tree, dict):
+        return {name: converted(value, kind, function) for name, value in tree.items()}
+    return function(tree) if isinstance(tree, kind) else tree
+
+
+def identity(args, data, weights):
+    """What a checkpoint must share with the run that it is loaded into: flags, examples and shapes of the weights."""
+    digest = hashlib.sha256()
+    for array in (data.train.tokens, data.train.offsets, data.train.labels, data.train.tags):
+        if array is not None:
+            digest.update(array.cpu().numpy())
+    same = {name: value for name, value in flags(args).items() if name == "seed" or name not in NOT_SETTINGS}
+    return {**same, "examples": digest.hexdigest(), "weights": [list(weight.shape) for weight in weights]}
+
+
+def remove_checkpoints(folder):
+    """For when the run has ended well."""
+    for path in folder.glob("checkpoint.pt*"):
+        path.unlink()
+
+
+# ---- what is written and said along the way
+
+
+def opening(args, data, folder, log):
+    """Say what is about to be done; of a run that goes on, drop what came after its checkpoint, which has this log."""
     sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     print(f"{args.dataset}: {sizes} examples, {data.n_labels} labels, {data.n_tags} tags; {args.precision} on "
           f"{args.device}; to {folder}/", flush=True)
+    if args.resume:
+        print(f"resumed after epoch {len(log)} of {args.epochs}", flush=True)
+    with whole_file(folder / "epochs.jsonl") as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in log)
 
 
 def log_epoch(folder, line, epochs, n):
@@ -106,10 +326,8 @@ def save_round(folder, epoch, scores, importance, kept):
     (folder / "rounds").mkdir(exist_ok=True)
     mask = np.zeros(len(scores), dtype=bool)
     mask[kept] = True
-    path = folder / "rounds" / f"epoch-{epoch:03}.npz"
-    with open(path.with_suffix(".part"), "wb") as file:
+    with whole_file(folder / "rounds" / f"epoch-{epoch:03}.npz") as file:
         np.savez_compressed(file, scores=scores, importance=importance, keep=mask)
-    os.replace(path.with_suffix(".part"), path)
 
 
 def has_bf16(device):
@@ -193,7 +411,7 @@ def summary(row):
           for split in evaluated),
         f"time   {seconds['total']:.1f} s = train {seconds['train']:.1f} + score {seconds.get('score', 0):.1f} + "
         f"select {seconds.get('select', 0):.2f};  outside it: load {seconds['load']:.1f}, "
-        f"evaluate {seconds['evaluate']:.1f}",
+        f"evaluate {seconds['evaluate']:.1f}, save {seconds['save']:.1f}",
         f"seen   {row['examples_seen']:,} of {row['examples_full']:,} examples "
         f"({row['examples_seen'] / row['examples_full']:.1%}), {row['tokens_seen'] / row['tokens_full']:.1%} of the "
         f"tokens, in {row['steps']:,} steps",
@@ -224,17 +442,22 @@ def read_rows(paths):
     rows = []
     for path in paths:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 table([row])  # fails where something is missing
+                percent, seconds = reported(row).values(), row["seconds"]["total"]
+                if not (all(-100 <= value <= 100 for value in percent) and 0 < seconds < 1e9):
+                    raise ValueError("no figures of a run")
                 rows.append(row)
-            except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            except (ValueError, KeyError, TypeError, AttributeError, StopIteration, OverflowError, RecursionError):
                 print(f"warning: {path}:{number}: not a whole row; skipped", file=sys.stderr)
     return rows
 
 
 # Runs that differ in nothing but these flags are repetitions of one another.
-NOT_SETTINGS = {"seed", "out", "no_model", "data_dir"}
+NOT_SETTINGS = {"seed", "out", "no_model", "data_dir", "save_every"}
 # A run on everything is the same whatever these are.
 PRUNING = {"method", "keep", "full_epochs", "cycle", "ema", "std_weight", "offset"}
 
@@ -255,7 +478,7 @@ def platform_of(row):
 def baseline(row):
     """A key that a run shares with the full-data runs it may be compared with."""
     flags = {flag: value for flag, value in settings(row).items() if flag not in PRUNING}
-    return platform_of(row), json.dumps(flags, sort_keys=True), row["args"]["seed"]
+    return platform_of(row), json.dumps(flags, sort_keys=True), row["args"]["seed"], tuple(reported(row))
 
 
 def mean_and_deviation(values, digits=2):
@@ -270,7 +493,7 @@ def table(rows):
     Flags in which the rows differ are named beside the method."""
     groups, full, values = {}, {}, {}
     for row in rows:
-        key = platform_of(row), row["args"]["method"], json.dumps(settings(row), sort_keys=True)
+        key = platform_of(row), row["args"]["method"], json.dumps(settings(row), sort_keys=True), tuple(reported(row))
         groups.setdefault(key, {})[row["args"]["seed"]] = row
         if row["args"]["method"] == "full":
             full[baseline(row)] = row

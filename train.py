@@ -11,36 +11,42 @@ import time
 START = time.perf_counter()  # before the slow imports, so that they count as loading
 
 import argparse
-import os
+import signal
 import sys
-import tempfile
-from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
 
 import report
-from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, add_up, batches, load, load_tokenizer, rank, share
+from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, load, load_tokenizer
+from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, kept_size, select
+from report import RunError
 from scoring import SCORES, score
 
 
-class RunError(RuntimeError):
-    """A run that cannot start or go on. The message is one line."""
-
-
 def train(model, data, schedule, args, clock, folder):
-    """Fine-tune `model` in place and log every epoch to `folder`. Returns the log, a list of dicts."""
+    """Fine-tune `model` in place and log every epoch to `folder`, from its checkpoint on if it has one. Returns the
+    log, a list of dicts."""
     n, lengths = len(data.train), data.train.lengths
-    optimizer = FlatAdamW(model, args.precision, args.clip)
     smooth = Smoother(args.ema, args.std_weight)
     steps = sum(-(-size // args.batch_size) for size in schedule.sizes(n))
     step, kept, log = 0, np.arange(n), []
+    with clock("load"):
+        optimizer = FlatAdamW(model, args.precision, args.clip)
+        identity = report.identity(args, data, optimizer.weights)
+        if state := report.load_checkpoint(folder, identity):
+            step, kept, log = state["step"], state["kept"], state["log"]
+            optimizer.load(state["optimizer"])
+            vars(smooth).update(state["smooth"])
+            clock.add(state["seconds"])
+        report.opening(args, data, folder, log)
+    clock.lap()
 
-    for epoch in range(args.epochs):
+    for epoch in range(len(log), args.epochs):
         # All chance comes from (seed, epoch): no epoch depends on how many numbers an earlier one drew.
         rng = np.random.default_rng([args.seed, epoch])
         torch.manual_seed(int(rng.integers(2**62)) + rank())
@@ -55,6 +61,7 @@ def train(model, data, schedule, args, clock, folder):
 
         model.train()
         loss_sum = torch.zeros((), device=args.device)
+        good = torch.tensor(step, device=args.device)  # steps up to the first whose loss is no finite number
         with clock("train"), report.progress(epoch, args.epochs, len(kept), n) as bar:
             for indices in batches(lengths, kept, args.batch_size, rng):
                 mine = share(indices)  # all of them, unless torchrun started several processes
@@ -65,23 +72,41 @@ def train(model, data, schedule, args, clock, folder):
                     loss_sum += loss.detach().sum()
                 optimizer.step(args.lr * (1 - step / steps) if args.schedule == "linear" else args.lr)
                 step += 1
-                if bar.update(len(indices)):  # redrawn (first process only); item() waits for the device
+                good += loss_sum.isfinite()
+                redrawn = bar.update(len(indices))  # first process only
+                if redrawn:
                     bar.set_postfix(loss=f"{loss.mean().item():.3f}", refresh=False)
+                if redrawn or args.device == "cpu":  # elsewhere, item() waits for the device
+                    check_finite(loss_sum, good, step, epoch)
             mean_loss = add_up(loss_sum).item() / len(kept)
-        if not np.isfinite(mean_loss):
-            raise RunError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr, or --precision fp32")
+            # The last step's loss is that before its update: a blow-up there shows in the weights only.
+            check_finite(loss_sum + 0 * optimizer.master.sum(), good, step, epoch)
 
         with clock("evaluate"):
             dev = evaluate(data, data.evaluation["dev"], *predictions(model, data.evaluation["dev"]))
         log.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
                     "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
         report.log_epoch(folder, log[-1], args.epochs, n)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            with clock("save"):
+                report.save_checkpoint(folder, {"identity": identity, "step": step, "kept": kept, "log": log,
+                                                "smooth": vars(smooth), "optimizer": optimizer.state(),
+                                                "seconds": clock.seconds})
     optimizer.restore()
     return log
 
 
-def parse(argv):
-    """Flags to a namespace, checked. Exits with status 2 and one line where a value makes no sense."""
+def check_finite(loss, good, step, epoch):
+    """RunError where `loss`, (), is no finite number. good: how many of the steps so far came before; epoch: from 0."""
+    if not loss.isfinite():
+        raise RunError(f"the loss is {loss.item()} at step {min(good.item() + 1, step)} (epoch {epoch + 1}); start "
+                       "again with a lower --lr, or --precision fp32")
+
+
+def parse(argv=None):
+    """Flags to a namespace, checked. Exits with status 2 and one line where a value makes no sense. RunError where
+    there is no run to resume."""
+    argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(prog="train.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message} (see --help)\n")  # without the whole usage
@@ -112,18 +137,28 @@ def parse(argv):
     add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one (auto)")
     add("--out", default="runs", metavar="DIR", help="where run folders and results.jsonl go (runs)")
     add("--no-model", action="store_true", help="do not keep the fine-tuned model (90 MB with the default --model)")
+    add("--save-every", type=int, default=1, metavar="N", help="checkpoint every N epochs, and after the last (1)")
+    add("--resume", metavar="DIR", help="go on with the run in this folder, with its flags; or auto: with the newest "
+        "run in --out that has the same flags and is unfinished, if there is one")
+    p.set_defaults(folder=None)  # the run's, once it has begun
     args = p.parse_args(argv)
+    if args.resume not in (None, "auto"):
+        if argv not in (["--resume", args.resume], [f"--resume={args.resume}"]):
+            p.error("--resume goes on with the flags of the run's config.json: leave all others out")
+        folder = Path(args.resume)
+        p.prog = f"train.py: {folder / 'config.json'}"  # where a flag that is refused comes from
+        args = p.parse_args([*report.command_line(folder), f"--resume={folder}", f"--out={folder.parent}"])
 
     def check(flag, ok, right):
         if not ok:
             p.error(f"--{flag} {getattr(args, flag.replace('-', '_'))}: must be {right}")
 
-    check("dataset", args.dataset in DATASETS or os.path.isdir(args.dataset),
+    check("dataset", args.dataset in DATASETS or Path(args.dataset).is_dir(),
           f"one of {', '.join(DATASETS)}, or a folder of your own")
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
-    for flag in ("epochs", "full-epochs", "cycle", "batch-size"):
-        check(flag, getattr(args, flag.replace("-", "_")) >= 1, "at least 1")
-    check("max-train", args.max_train is None or args.max_train >= 1, "at least 1")
+    for flag in ("epochs", "full-epochs", "cycle", "batch-size", "save-every", "max-train"):
+        value = getattr(args, flag.replace("-", "_"))
+        check(flag, value is None or value >= 1, "at least 1")
     check("ema", 0 < args.ema <= 1, "above 0 and at most 1")
     check("std-weight", 0 <= args.std_weight < np.inf, "a number, 0 or more")
     check("lr", 0 < args.lr < np.inf, "a number above 0")
@@ -146,32 +181,16 @@ def parse(argv):
     return args
 
 
-@contextmanager
-def processes(args):
-    """Where torchrun starts several processes: join them. All but the first print errors only, and leave nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    on_gpu = torch.device(args.device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        args.device = "cuda"  # the one just set, whichever --device names
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
-    if rank() == 0:
-        yield
-    else:
-        with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as silence, redirect_stdout(silence):
-            args.out, args.no_model = scratch, True
-            yield
-    distributed.destroy_process_group()
-
-
 def run(args, start=None):
     """Load, train, evaluate, save, record. start: perf_counter() from which loading counts (now). Returns the row that
     was appended to results.jsonl."""
     clock = report.Clock(args.device)
     clock.seconds["load"] = time.perf_counter() - start if start else 0.0
     with clock("load"):
+        resumed, done = report.reopen(args)
+        if done:
+            print(f"{done['folder']}/ is finished: nothing is left to do")
+            return done
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)
         size = kept_size(len(data.train), args.keep)
@@ -180,49 +199,59 @@ def run(args, start=None):
                            f"batch of {args.batch_size}; take more examples, or lower --batch-size")
         model = NLUModel.build(args.model, tokenizer, data, args.seed)
         limit_vocabulary(model, data)
+        report.check_space(args.out, model.parameters())
         model.to(args.device)
         data.to(args.device)
-        folder, facts = report.new_folder(args)
-    clock.lap()
-    report.opening(args, data, folder)
+        folder, facts, _lock = resumed or report.new_folder(args)  # locked until this function ends
+    args.folder = folder if rank() == 0 else None
 
     schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
     log = train(model, data, schedule, args, clock, folder)
-    with clock("evaluate"):
-        results = {name: evaluate(data, split, *predictions(model, split)) for name, split in data.evaluation.items()}
-
-    row = {**facts, **results, **report.totals(data, schedule, clock, log)}
-    report.append_line(folder.parent / "results.jsonl", row)  # before the model, whose 90 MB may not fit on the disk
+    row = report.recorded(folder)
+    if not row:  # else the run was killed between this and the next line
+        with clock("evaluate"):
+            results = {name: evaluate(data, split, *predictions(model, split))
+                       for name, split in data.evaluation.items()}  # fmt: skip
+        row = {**facts, **results, **report.totals(data, schedule, clock, log)}
+        report.append_line(folder.parent / "results.jsonl", row)  # before the model, which may not fit on the disk
     if not args.no_model:
-        model.save(folder / "model")
+        model.save(folder / "model.part")
+        report.publish(folder / "model.part", folder / "model")
+    report.remove_checkpoints(folder)
     print("\n" + report.summary(row))
     return row
 
 
 def main(argv=None, start=None):
-    """Exit status: 0 done, 2 bad input or a run that cannot go on, 130 interrupted."""
+    """Exit status: 0 done, 2 bad input or a run that cannot go on, 130 interrupted, 143 terminated."""
+    args, status = None, 2
     try:
         args = parse(argv)
         with processes(args):
             run(args, start)
+        return 0
     except (DataError, ModelError, SelectionError, RunError, OSError) as error:  # OSError: a full disk, say
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted; the epochs that were finished are in the run's folder", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            print("train.py: error: out of memory; lower --batch-size or --max-length", file=sys.stderr)
-        elif isinstance(error, distributed.DistError) or (distributed.is_initialized() and "onnection" in str(error)):
-            print(f"train.py: error: lost another process of this run ({str(error).splitlines()[0]})", file=sys.stderr)
+        message = f"error: {error}"
+    except KeyboardInterrupt as error:
+        message, status = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            message = f"error: out of memory; lower --batch-size {args.batch_size} or --max-length {args.max_length}"
+        elif lost_process(error):
+            message = f"error: lost another process of this run ({str(error).splitlines()[0]})"
         else:
             raise
-        return 2
-    return 0
+    print(f"train.py: {message}{report.going_on(args)}", file=sys.stderr)
+    return status
+
+
+def terminated(number, _):
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show τ
+    signal.signal(signal.SIGTERM, terminated)
     sys.exit(main(start=START))

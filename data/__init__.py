@@ -1,7 +1,4 @@
-"""Datasets by name: `load("snips", …)` returns their splits as flat arrays. See encoding.py for what is in them.
-
-At the end, what lets several processes share work: here, because every other module imports this one.
-"""
+"""Datasets by name: `load("snips", …)` returns their splits as flat arrays. See encoding.py for what is in them."""
 
 import os
 import sys
@@ -11,8 +8,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-
-from torch import distributed
 
 from . import demo, download
 from .encoding import (
@@ -28,6 +23,7 @@ from .encoding import (
     number_names,
     sorted_batches,
 )
+from .parallel import add_up, from_first, rank, share
 from .readers import (
     COLA_HEADER,
     TRAIN_AND_DEV,
@@ -45,7 +41,7 @@ from .readers import (
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "add_up", "batches", "encode", "load", "load_tokenizer", "rank", "share", "sorted_batches",
+    "add_up", "batches", "encode", "from_first", "load", "load_tokenizer", "rank", "share", "sorted_batches",
 ]  # fmt: skip
 
 
@@ -199,23 +195,3 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
 
     return Dataset(name, encoded(train), {split: encoded(examples) for split, examples in splits.items()},
                    list(label_ids), n_labels, list(tag_ids), n_tags, find(name, folder)[0].metrics)
-
-
-# ---- several processes (torchrun); alone, these do nothing
-
-
-def rank():
-    """Number of this process among those that torchrun started; 0 if it is alone."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def share(items):
-    """What this process takes of a list or array that several work on (torchrun): every world-th; alone, all of it."""
-    return items[distributed.get_rank() :: distributed.get_world_size()] if distributed.is_initialized() else items
-
-
-def add_up(tensor):
-    """Sum a tensor over all processes, in place. Returns it."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor

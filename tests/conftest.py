@@ -14,9 +14,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from data import DATASETS, demo, load, load_tokenizer
+from data import DATASETS, demo, download, load, load_tokenizer
 from metrics import spans
 from models import NLUModel
+
+download.PAUSE = 0  # no test waits before another attempt
 
 SHARED = Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -31,8 +33,12 @@ def raw():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of a two-layer BERT with random weights and a vocabulary of letters and a few hundred demo words."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """Folder of the tiny BERT."""
+    return tiny_bert(tmp_path_factory.mktemp("tiny"))
+
+
+def tiny_bert(folder):
+    """Write a two-layer BERT with random weights and a vocabulary of letters and a few hundred demo words."""
     texts = demo.generate()["train"].texts
     letters = sorted({letter for words in texts for word in words for letter in word})
     words = sorted({word for words in texts[:1500] for word in words})
@@ -60,6 +66,15 @@ def demo_data(tokenizer):
 @pytest.fixture
 def model(tiny, tokenizer, demo_data):
     return NLUModel.build(tiny, tokenizer, demo_data, seed=0)
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny models: threads would mostly wait for each other, very long where other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -59,8 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(download, "PAUSE", 0)
+def server():
     server = Server()
     yield server
     server.shutdown()
@@ -124,8 +123,7 @@ def test_a_connection_that_is_cut_is_tried_again(server, tmp_path):
     assert (tmp_path / "b.txt").read_bytes() == PAYLOAD and len(server.requests) == 3
 
 
-def test_nobody_listens(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PAUSE", 0)
+def test_nobody_listens(tmp_path):
     with pytest.raises(DataError, match=r"http://127.0.0.1:9/x could not be fetched \(urlopen error .*refused"):
         fetch(tmp_path, [download.File("x", "http://127.0.0.1:9/x")])
     assert left(tmp_path) == []

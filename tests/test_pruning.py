@@ -50,6 +50,20 @@ def test_select_keeps_exactly_what_was_asked_where_all_scores_are_equal():
     assert select(np.zeros(1), 1).tolist() == [0]
 
 
+@pytest.mark.parametrize(("n", "keep"), [(1, 0.5), (1, 0.01), (4, 0.1), (5, 0.1), (100, 0.004)])
+def test_a_share_that_rounds_to_nothing_is_refused(n, keep):
+    assert kept_size(n, keep) == 0  # of 1 at a half, too: halves are rounded to even
+    with pytest.raises(SelectionError, match=f"a share of {keep:g} of {n} examples is none"):
+        select(np.arange(float(n)), keep)
+
+
+@given(st.integers(1, 50), st.floats(0.02, 1), st.floats(0, 1))
+def test_of_equal_scores_the_first_after_the_offset_are_kept(n, keep, offset):
+    if size := kept_size(n, keep):
+        first = min(round(offset * n), n - size)
+        assert select(np.full(n, 0.5), keep, offset).tolist() == list(range(first, first + size))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_select_refuses_what_is_no_number(bad):
     with pytest.raises(SelectionError, match="1 of 3 scores are NaN or infinite"):
@@ -77,3 +91,20 @@ def test_smoother_agrees_with_the_weights_written_out(rng, alpha, c):
     for n in range(1, 8):
         wanted = [slow_smoothing(rounds[:n, i].astype(float), alpha, c) for i in range(20)]
         np.testing.assert_allclose(smooth(rounds[n - 1]), wanted, rtol=1e-6)
+
+
+@given(st.lists(st.lists(st.floats(0, 2, width=32), min_size=3, max_size=3), min_size=1, max_size=8),
+       st.floats(0.05, 1), st.floats(0, 3))
+def test_smoothing_of_any_scores_agrees_with_the_weights_written_out(rounds, alpha, c):
+    """Ties and equal scores included: then there is no deviation, and the score comes out as it was."""
+    smooth, rounds = Smoother(alpha, c), np.array(rounds, dtype=np.float32)
+    for n in range(1, len(rounds) + 1):
+        wanted = [slow_smoothing(rounds[:n, i].astype(float), alpha, c) for i in range(3)]
+        np.testing.assert_allclose(smooth(rounds[n - 1]), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_smoothing_keeps_nan_for_select_to_refuse():
+    smooth = Smoother(0.8, 1.0)
+    smooth(np.array([0.5, np.nan, 1.0]))
+    with pytest.raises(SelectionError, match="1 of 3 scores are NaN"):
+        select(smooth(np.array([0.5, 0.5, 1.0])), 0.5)

@@ -62,6 +62,73 @@ def test_lines_that_are_no_rows_are_skipped_and_said(tmp_path, capsys):
     assert [line.split(":")[-2] for line in captured.err.splitlines()] == ["2", "3", "4", "5"]
 
 
+@pytest.mark.parametrize("change", [
+    {"test": {"frame_acc": float("nan")}}, {"test": {"frame_acc": 10**400}}, {"test": {"frame_acc": "90"}},
+    {"seconds": {"total": 0}}, {"seconds": {"total": float("inf")}},
+])  # fmt: skip
+def test_rows_with_impossible_figures_are_skipped_and_said(tmp_path, capsys, change):
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(map(json.dumps, [row(), {**row(seed=1), **change}, row(seed=2)])))
+    assert [kept["args"]["seed"] for kept in report.read_rows([path])] == [0, 2]
+    assert capsys.readouterr().err == f"warning: {path}:2: not a whole row; skipped\n"
+
+
+def test_rows_with_other_metrics_are_not_mixed():
+    other = {**row(seed=1), "test": {"accuracy": 80.0}}
+    assert len(cells([row(), other])) == 2
+    assert cells([row("full", 0, 90, 100), {**row(), "test": {"accuracy": 80.0}}])[1][7] == "–"
+
+
+def test_a_torn_line_does_not_swallow_the_next_row(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    report.append_line(path, row(seed=0))
+    path.write_bytes(path.read_bytes() + json.dumps(row(seed=1)).encode()[:-20])  # the machine went down
+    report.append_line(path, row(seed=2))
+    assert [kept["args"]["seed"] for kept in report.read_rows([path])] == [0, 2]
+    assert ":2: not a whole row; skipped" in capsys.readouterr().err
+
+
+def test_a_row_that_fits_only_in_part_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    report.append_line(path, row())
+    before, real = path.read_bytes(), open
+
+    class AlmostFull:
+        def __init__(self, *args, **options):
+            self.file = real(*args, **options)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, line):
+            return self.file.write(line[:10])
+
+    monkeypatch.setattr("builtins.open", AlmostFull)
+    with pytest.raises(OSError, match=r"results.jsonl: no space left for a whole line; none was added"):
+        report.append_line(path, row())
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), report.whole_file(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with report.whole_file(path) as file:
+        file.write(b"after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_that_is_absent_is_said_in_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path / "nope.jsonl")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -9,6 +9,7 @@ import torch
 import train
 from data import DEFAULT_MODEL, IGNORE, Batch, demo, load, load_tokenizer
 from models import NLUModel
+from pruning import SelectionError, select
 from scoring import SCORES, el2n, score
 
 
@@ -37,6 +38,27 @@ def test_el2n_agrees_with_one_example_at_a_time(rng, scale):
     np.testing.assert_allclose(plain, [slow_el2n(x.double().numpy(), y, [], []) for x, y in zip(outputs[0], labels)],
                                atol=1e-6)
     assert (plain <= 2**0.5 + 1e-6).all()
+
+
+def el2n_of(logits, labels):
+    batch = Batch(np.arange(len(labels)), None, None, None, torch.tensor(labels), None)
+    return el2n((torch.tensor(logits, dtype=torch.float32), None), batch).numpy()
+
+
+def test_el2n_of_one_class_one_example_and_equal_logits():
+    assert el2n_of([[3.0], [-7.0]], [0, 0]).tolist() == [0, 0]  # nothing can be wrong
+    assert el2n_of([[0.0, 0.0]], [1]) == pytest.approx([0.5**0.5])
+    equal = el2n_of(np.zeros((9, 4)), [0, 1, 2, 3] * 2 + [0])
+    assert equal == pytest.approx([0.75**0.5] * 9) and len(set(equal)) == 1  # a tie is a tie, whatever the label
+    assert el2n_of([[1e9, 0.0], [-1e9, 0.0]], [0, 0]).tolist() == pytest.approx([0, 2**0.5])  # right, and wrong
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_output_that_is_no_number_is_not_scored_as_one(bad):
+    """It comes out as NaN, which `select` refuses, and not as some score that would be kept or dropped in silence."""
+    assert np.isnan(el2n_of([[bad, 0.0, 1.0]], [1])).all()
+    with pytest.raises(SelectionError, match="1 of 2 scores are NaN"):
+        select(el2n_of([[bad, 0.0], [1.0, 0.0]], [1, 1]), 0.5)
 
 
 @pytest.mark.parametrize("method", SCORES)

@@ -39,9 +39,7 @@ def run(tiny, tmp_path):
 
 
 def test_a_run_leaves_what_the_readme_says(run, tiny, tokenizer):
-    start = time.perf_counter()
     row, folder = run("--keep", 0.3, "--no-model")
-    wall = time.perf_counter() - start
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "epochs.jsonl", "rounds"]
     lines = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
     assert [line["kept"] for line in lines] == [400, 120, 120, 120]
@@ -57,11 +55,9 @@ def test_a_run_leaves_what_the_readme_says(run, tiny, tokenizer):
 
     assert row["examples_seen"] == 400 + 3 * 120 and row["examples_full"] == 1600
     assert row["steps"] == 50 + 3 * 15
-    assert set(row["seconds"]) == {"load", "train", "score", "select", "evaluate", "total"}
+    assert set(row["seconds"]) == {"load", "train", "score", "select", "evaluate", "save", "total"}
     seconds = dict(row["seconds"])
     assert seconds.pop("total") == pytest.approx(seconds["train"] + seconds["score"] + seconds["select"], abs=0.01)
-    phases = sum(seconds.values())
-    assert 0.9 * wall < phases <= wall  # the rest, log lines, is a few milliseconds
     assert row["curve"][-1] == row["dev"]
 
 
@@ -75,7 +71,7 @@ def test_the_saved_model_has_the_metrics_of_the_row(run):
 
 def read_rounds(folder):
     """{file name: {array name: array}} of all scoring rounds."""
-    return {path.name: dict(np.load(path)) for path in sorted((folder / "rounds").iterdir())}
+    return {path.name: dict(np.load(path)) for path in sorted(folder.glob("rounds/*"))}
 
 
 def assert_same_training(first, second):
@@ -164,7 +160,7 @@ def test_scores_that_are_no_numbers_stop_the_run(tiny, tmp_path, monkeypatch, ca
 
 
 def test_a_loss_that_is_no_number_stops_the_run(run):
-    with pytest.raises(train.RunError, match=r"the loss is nan in epoch [12]; try a lower --lr"):
+    with pytest.raises(train.RunError, match=r"the loss is nan at step [23] \(epoch 1\); start again with"):
         run("--lr", 1e30)
 
 
@@ -224,14 +220,14 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(tiny, flags, message, 
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: …")])
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: …"), MemoryError()])
 def test_running_out_of_memory_says_what_to_lower(monkeypatch, capsys, error):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(train, "run", fail)
-    assert train.main([]) == 2
-    assert capsys.readouterr().err == "train.py: error: out of memory; lower --batch-size or --max-length\n"
+    assert train.main(["--batch-size", "64"]) == 2
+    assert capsys.readouterr().err == "train.py: error: out of memory; lower --batch-size 64 or --max-length 256\n"
 
 
 def test_full_ignores_the_flags_of_pruning():
@@ -255,16 +251,18 @@ def test_the_command_works_from_another_folder_and_says_what_happened(tiny, tmp_
     assert "('six'," in again.stdout, again.stderr
 
 
-def test_ctrl_c_ends_with_one_line_and_keeps_finished_epochs(tiny, tmp_path):
-    process = program("--model", tiny, "--epochs", 500, "--out", tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_soon_and_says_how_to_go_on(tiny, tmp_path, number):
+    process = program("--model", tiny, "--epochs", 500, "--out", tmp_path, cwd=ROOT)
     while "epoch  1/500" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err.strip() == "train.py: interrupted; the epochs that were finished are in the run's folder"
-    log, = tmp_path.glob("demo-*/epochs.jsonl")
-    assert json.loads(log.read_text().splitlines()[0])["epoch"] == 1
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    folder, = tmp_path.glob("demo-*")
+    assert err.strip() == f"train.py: interrupted; to go on: python train.py --resume {folder}"
+    assert json.loads((folder / "epochs.jsonl").read_text().splitlines()[0])["epoch"] == 1
+    assert {path.name for path in folder.iterdir()} <= {"checkpoint.pt", "config.json", "epochs.jsonl", "rounds"}
 
 
 def test_a_short_run_on_real_data(run, raw):
