@@ -164,7 +164,7 @@ def read(name, folder=None):
     source, path = find(name, folder)
     fetch(name, folder)
     splits = source.reader(path) if path else source.reader()
-    if source.rows and (difference := unofficial(source, splits)):
+    if source.files and (difference := unofficial(source, splits)):
         print(f"warning: {path}: {difference}; results will not compare with others'", file=sys.stderr)
     if "dev" not in splits:
         published = len(splits["train"])
