@@ -98,7 +98,7 @@ def log_of(folder):
 
 @pytest.mark.parametrize("flags", [
     ("--precision", "fp32"), ("--precision", "bf16"), ("--save-every", "3"), ("--method", "random"),
-    ("--method", "full"), ("--schedule", "constant"),
+    ("--method", "full"), ("--schedule", "constant", "--cycle", "3"),
 ])  # fmt: skip
 @pytest.mark.parametrize("epoch", [1, 4])
 def test_a_killed_run_ends_as_if_it_had_not_been(command, whole, monkeypatch, flags, epoch):
