@@ -203,11 +203,16 @@ def check_space(folder, weights):
 
 def publish(part, path):
     """Give what was written under a temporary name, a file or a folder of files, its own when all is on the disk."""
-    for name in (*(part.iterdir() if part.is_dir() else [part]), part.parent):
+
+    def to_disk(name):
         descriptor = os.open(name, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+    for file in part.iterdir() if part.is_dir() else [part]:
+        to_disk(file)
     os.replace(part, path)
+    to_disk(path.parent)  # the name, too
 
 
 @contextmanager
@@ -306,7 +311,7 @@ def opening(args, data, folder, log):
     sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     print(f"{args.dataset}: {sizes} examples, {data.n_labels} labels, {data.n_tags} tags; {args.precision} on "
           f"{args.device}; to {folder}/", flush=True)
-    if args.resume:
+    if log:
         print(f"resumed after epoch {len(log)} of {args.epochs}", flush=True)
     with whole_file(folder / "epochs.jsonl") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in log)

@@ -145,7 +145,7 @@ def parse(argv=None):
     if args.resume not in (None, "auto"):
         if argv not in (["--resume", args.resume], [f"--resume={args.resume}"]):
             p.error("--resume goes on with the flags of the run's config.json: leave all others out")
-        folder = Path(args.resume)
+        folder = Path(args.resume).resolve()  # "." has neither a name nor the right parent
         p.prog = f"train.py: {folder / 'config.json'}"  # where a flag that is refused comes from
         args = p.parse_args([*report.command_line(folder), f"--resume={folder}", f"--out={folder.parent}"])
 

@@ -98,7 +98,7 @@ def log_of(folder):
 
 @pytest.mark.parametrize("flags", [
     ("--precision", "fp32"), ("--precision", "bf16"), ("--save-every", "3"), ("--method", "random"),
-    ("--method", "full"), ("--schedule", "constant"),
+    ("--method", "full"), ("--schedule", "constant", "--cycle", "3"),
 ])  # fmt: skip
 @pytest.mark.parametrize("epoch", [1, 4])
 def test_a_killed_run_ends_as_if_it_had_not_been(command, whole, monkeypatch, flags, epoch):
@@ -167,7 +167,8 @@ def test_save_every_leaves_out_checkpoints_but_the_last(command, monkeypatch):
 def test_auto_goes_on_with_the_same_flags_only(command, monkeypatch, capsys):
     folder = killed(monkeypatch, command("--seed", "3"))
     other = run(command("--seed", "4", "--resume", "auto"))
-    assert "no run with these flags" in capsys.readouterr().out and other["folder"] != str(folder)
+    said = capsys.readouterr().out
+    assert "no run with these flags" in said and "resumed" not in said and other["folder"] != str(folder)
     assert run(command("--seed", "3", "--resume", "auto"))["folder"] == str(folder)
     assert "resumed after epoch 2 of 5" in capsys.readouterr().out
 
@@ -271,6 +272,13 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path, capsys, content, message)
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert message in refused(capsys, ["--resume", str(tmp_path)])
+
+
+def test_a_run_is_found_from_within_its_folder(command, whole, monkeypatch):
+    folder = killed(monkeypatch, command())
+    monkeypatch.chdir(folder)
+    assert run(["--resume", "."])["folder"] == str(folder)
+    assert_same_training(Path(whole()["folder"]), folder)
 
 
 def test_resuming_takes_no_other_flags(capsys):
