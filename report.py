@@ -4,7 +4,6 @@
 """
 
 import argparse
-import fcntl
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from data import demo, from_first, rank
 from data.encoding import one_line
+from data.parallel import lock
 
 CHECKOUT = Path(__file__).resolve().parent
 
@@ -74,17 +74,6 @@ def progress(epoch, epochs, kept, n):
 # ---- a run's folder: one run at a time, files whole or not there
 
 
-def lock(file, wait=False):
-    """Keep an open file from other processes that lock it, until it is closed: by the kernel, too, after kill -9.
-    BlockingIOError where another holds it, unless told to wait."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # some network file systems have no locks
-
-
 def flags(args):
     """What config.json keeps of the flags: all that make a run what it is, as a dict."""
     return {name: value for name, value in vars(args).items() if name not in ("resume", "folder")}
@@ -94,7 +83,7 @@ def new_folder(args):
     """A new folder for this run under --out, with its config.json. Returns the folder, what is in that file, and the
     open file, a lock; OSError where a folder cannot be made or results.jsonl not written."""
     out = Path(args.out)
-    dataset = Path(args.dataset).resolve().name  # the last part of a folder of the user's
+    dataset = Path(args.dataset).name[:40]  # of a folder of the user's, the last part
     name = f"{dataset}-{args.method}-{args.keep:g}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -436,9 +425,10 @@ def summary(row):
                      f"scores of the first round ({first.name})")
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
-        example = f'from models import NLUModel; print(NLUModel.load("{folder}/model").predict(["…"]))'
-        here = "" if Path.cwd() == CHECKOUT else f"PYTHONPATH={CHECKOUT} "
-        lines.append(f"next   {here}python -c '{example}'")
+        where = json.dumps(f"{folder}/model", ensure_ascii=False)
+        example = f'from models import NLUModel; print(NLUModel.load({where}).predict(["…"]))'
+        here = "" if Path.cwd() == CHECKOUT else f"PYTHONPATH={shlex.quote(str(CHECKOUT))} "
+        lines.append(f"next   {here}python -c {shlex.quote(example)}")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import time
 START = time.perf_counter()  # before the slow imports, so that they count as loading
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -153,8 +154,9 @@ def parse(argv=None):
         if not ok:
             p.error(f"--{flag} {getattr(args, flag.replace('-', '_'))}: must be {right}")
 
-    check("dataset", args.dataset in DATASETS or Path(args.dataset).is_dir(),
-          f"one of {', '.join(DATASETS)}, or a folder of your own")
+    if args.dataset not in DATASETS:  # a folder of the user's: the same one from another folder, too
+        check("dataset", os.path.isdir(args.dataset), f"one of {', '.join(DATASETS)}, or a folder of your own")
+        args.dataset = os.path.abspath(args.dataset)
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
     for flag in ("epochs", "full-epochs", "cycle", "batch-size", "save-every", "max-train"):
         value = getattr(args, flag.replace("-", "_"))

@@ -51,17 +51,18 @@ class Source(NamedTuple):
     reader: Callable  # folder -> {"train": Examples, "dev": …, "test": …}; dev or test may be absent
     folder: str | None  # below --data-dir; None: generated, so the reader takes no folder
     rows: tuple  # of each split, in the reader's order, as published
-    labels: int  # intents or classes, over all splits
-    slots: int | None  # slot types, over all splits; None: no figure is published. 0 for classification
+    labels: int | None  # intents or classes, over all splits; None: no figure is published
+    slots: int | None  # slot types, likewise; 0 for classification
     files: list  # data.download.File
     licence: str
-    metrics: tuple[str, ...] = ("accuracy",)  # of classification: of metrics.CLASSIFICATION, the main one first
+    metrics: tuple[str, ...] = ()  # of metrics.CLASSIFICATION, the main one first; none for intent and slots
 
 
 def glue(task, rows, texts, known=("0", "1"), archive=None, metrics=("accuracy",), splits=TRAIN_AND_DEV, **table):
     """The Source of a GLUE task: `archive`.zip has a folder `task` with a .tsv file for each split."""
     reader = partial(read_glue, texts=texts, known=known, splits=splits, **table)
-    files = download.glue(task, archive or task, [f"{file}.tsv" for file in splits.values()])
+    address = f"{download.FAIR}/glue/data/{archive or task}.zip"
+    files = [download.File(f"{file}.tsv", address, member=f"{task}/{file}.tsv") for file in splits.values()]
     return Source(reader, f"glue/{task}", rows, len(known), 0, files, "see GLUE", metrics)
 
 
@@ -73,7 +74,7 @@ DATASETS = {
     "demo": Source(demo.generate, None, (4000, 500, 500), 7, 32, [], "MIT, as this program"),
     "snips": Source(read_snips, "snips", (13084, 700, 700), 7, 39, download.SNIPS, "CC0"),
     "atis": Source(read_atis, "atis", (4978, 893), 26, 83, download.ATIS, "not stated"),
-    "mtop": Source(read_mtop, "mtop", (15667, 2235, 4386), 113, None, download.MTOP, "CC BY-SA 4.0"),
+    "mtop": Source(read_mtop, "mtop", (15667, 2235, 4386), None, None, download.MTOP, "CC BY-SA 4.0"),
     "slurp": Source(read_massive, "slurp", (11514, 2033, 2974), 60, 55, download.SLURP, "CC BY 4.0"),
     "cola": glue("CoLA", (8551, 1043), ONE, header=COLA_HEADER, metrics=("matthews", "accuracy")),
     "sst2": glue("SST-2", (67349, 872), ONE),
@@ -99,7 +100,7 @@ class Dataset:
     n_labels: int  # how many labels train has
     tags: list[str]  # slot tags, likewise; empty for classification
     n_tags: int
-    metrics: tuple[str, ...] = ("accuracy",)  # of classification, the main one first
+    metrics: tuple[str, ...] = ("accuracy",)  # of classification
 
     @property
     def splits(self):
@@ -125,8 +126,8 @@ def find(name, folder=None):
     if name in DATASETS:
         source = DATASETS[name]
         return source, source.folder and Path(folder or default_folder()) / source.folder
-    if Path(name).is_dir():
-        return Source(read_own, name, (), 0, 0, [], "the user's"), Path(name)
+    if os.path.isdir(name):
+        return Source(read_own, name, (), None, None, [], "the user's", ("accuracy",)), Path(name)
     raise DataError(f"unknown dataset {name!r} (choose from {', '.join(DATASETS)}, or name a folder of your own)")
 
 
@@ -164,10 +165,12 @@ def read(name, folder=None):
     source, path = find(name, folder)
     fetch(name, folder)
     splits = source.reader(path) if path else source.reader()
-    if source.files and (difference := unofficial(source, splits)):
+    if source.files and rank() == 0 and (difference := unofficial(source, splits)):
         print(f"warning: {path}: {difference}; results will not compare with others'", file=sys.stderr)
     if "dev" not in splits:
         published = len(splits["train"])
+        if published < 2:
+            raise DataError(f"{path}: no dev split, and one train example cannot be split; two or more were expected")
         splits["train"], splits["dev"] = hold_out(splits["train"], share=0.1)
         print(f"{name}: no dev split; {len(splits['dev'])} of its {published} train examples are held out for that")
     return {split: splits[split] for split in ("train", "dev", "dev_mismatched", "test") if split in splits}
@@ -189,6 +192,8 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
     if train.tags is not None:
         others = chain.from_iterable(examples.tags for examples in splits.values())
         tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
+        if len(tag_ids) >= 2**15:
+            raise DataError(f"{name}: {len(tag_ids)} slot tags; fewer than {2**15} were expected")
 
     def encoded(examples):
         return encode(examples, tokenizer, max_length, label_ids, tag_ids)

@@ -22,7 +22,7 @@ def overview(folder):
         here = "generated" if path is None else "no" if len(missing) == len(source.files) else str(path)
         if missing and here != "no":
             here = f"{path}, without {', '.join(file.path for file in missing)}"
-        task = f"classification, {source.labels}" if source.slots == 0 else f"intent and slot, {source.labels}"
+        task = f"classification, {source.labels}" if source.metrics else "intent and slots"
         yield f"{name:<8} {task:<24} {' / '.join(f'{n:,}' for n in source.rows):<28} {source.licence:<22} {here}"
 
 
@@ -49,6 +49,7 @@ def checked(names, folder):
 
 
 def listed(numbers):
+    """Numbers as text, separated by slashes."""
     return " / ".join(f"{n:,}" for n in numbers)
 
 
@@ -70,7 +71,7 @@ def main(argv=None):
             print("\n".join(checked(args.datasets or here, args.data_dir)))
         if args.list or not (args.datasets or args.check):
             print("\n".join(overview(args.data_dir)))
-    except (DataError, ModelError) as error:
+    except (DataError, ModelError, OSError) as error:
         print(f"python -m data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -80,4 +81,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show –
     sys.exit(main())

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import ssl
 import tarfile
 import time
 import zipfile
@@ -15,9 +14,9 @@ from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from filelock import FileLock
 from tqdm import tqdm
 
+from .parallel import lock
 from .readers import DataError
 
 MOST = 2**30  # bytes of one file, as it comes or unpacked: more than any of these has
@@ -50,7 +49,8 @@ def fetch(name, folder, files, check, licence=""):
     by_hand = f"get {paths} into {folder} in another way, or name the folder above it with --data-dir or DATA_DIR"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"):
+        with open(folder / ".download.lock", "a") as file:
+            lock(file, wait=True)
             wanted = absent(folder, files)  # none, where another process had the lock before
             try:
                 if wanted:
@@ -99,8 +99,8 @@ def transfer(url, path):
         try:
             with urlopen(Request(url, headers={"User-Agent": "nlu-data-diets"}), timeout=TIMEOUT) as response:
                 return save(response, path, url, response.length)
-        except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            final = attempt == ATTEMPTS or (isinstance(error, HTTPError) and error.code < 500)
+        except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+            final = attempt == ATTEMPTS or (isinstance(error, HTTPError) and error.code < 500 and error.code != 429)
             if final:
                 raise DataError(f"{url} could not be fetched ({str(error).strip('<>') or 'no answer'})") from None
             time.sleep(PAUSE)
@@ -114,7 +114,7 @@ def save(source, path, url, expected=None):
     digest, size = hashlib.sha256(), 0
     bar = tqdm(total=expected, unit="B", unit_scale=True, desc=url[-40:], leave=False, disable=None)
     with open(path, "wb") as file, bar:
-        while chunk := source.read(2**18):
+        while chunk := read(source):
             size += len(chunk)
             if size > MOST:
                 raise DataError(f"{url} holds more than {MOST} bytes, which no file of ours has")
@@ -126,6 +126,14 @@ def save(source, path, url, expected=None):
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def read(source):
+    """Some bytes; ConnectionError where there are none to be had, so that this is not taken for a disk's error."""
+    try:
+        return source.read(2**18)
+    except OSError as error:
+        raise ConnectionError(error) from None
 
 
 @contextmanager
@@ -141,7 +149,7 @@ def unpacked(archive, file):
                 if source is None:
                     raise KeyError(file.member)  # a folder, say
                 yield source
-    except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError):
+    except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, ConnectionError):
         raise DataError(f"{file.url} is no archive with an intact file {file.member}") from None
 
 
@@ -155,11 +163,6 @@ MASSIVE = "https://amazon-massive-nlu-dataset.s3.amazonaws.com/amazon-massive-da
 def hashed(address, sums):
     """The files behind an address, from lines of sha256 and path."""
     return [File(path, f"{address}/{path}", sha256) for sha256, path in map(str.split, sums.strip().splitlines())]
-
-
-def glue(task, archive, files):
-    """The files of a GLUE task, which are in the folder `task` of an archive."""
-    return [File(file, f"{FAIR}/glue/data/{archive}.zip", member=f"{task}/{file}") for file in files]
 
 
 SNIPS = hashed(JOINTBERT, """

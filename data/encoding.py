@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from .parallel import rank
 from .readers import DataError
 
 transformers_logging.set_verbosity_error()  # its notes on unused pretraining heads say nothing to our user
@@ -158,7 +159,7 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
     pairs = not joint and isinstance(examples.texts[0], tuple)
     typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
     gone = vanishing(examples.texts, tokenizer) if joint else {}
-    bar = tqdm(total=len(examples), unit="ex", desc="encoding", leave=False, disable=None, delay=1)
+    bar = tqdm(total=len(examples), unit="ex", desc="encoding", leave=False, disable=True if rank() else None, delay=1)
     for i in range(0, len(examples), 1000):  # in chunks: the tokenizer's own objects are large
         texts = examples.texts[i : i + 1000]
         if gone:

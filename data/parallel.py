@@ -1,5 +1,6 @@
-"""What lets several processes, started by torchrun, share the work of a run. Alone, these do nothing."""
+"""What lets several processes share the work of a run (torchrun), and keeps others out of each other's files."""
 
+import fcntl
 import os
 import tempfile
 from contextlib import contextmanager, redirect_stdout
@@ -62,3 +63,14 @@ def lost_process(error):
     """Whether an exception says that another process of this run is gone."""
     lost = distributed.is_initialized() and "onnection" in str(error)
     return lost or isinstance(error, distributed.DistError)
+
+
+def lock(file, wait=False):
+    """Keep an open file from other processes that lock it, until it is closed: by the kernel, too, after kill -9.
+    BlockingIOError where another holds it, unless told to wait."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some network file systems have no locks

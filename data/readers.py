@@ -62,24 +62,21 @@ def read_lines(path) -> Iterator[str]:
 
 def read_cells(path) -> Iterator[tuple[int, list[str]]]:
     """(line number, cells) of each row of a table: comma-separated with "quotes" where the name ends in .csv, else
-    tab-separated without quoting."""
-    path = Path(path)
-    if path.suffix != ".csv":
-        for number, line in enumerate(read_lines(path), 1):
-            yield number, line.split("\t")
-        return
-    rows = csv.reader((line + "\n" for line in read_lines(path)), strict=True)
-    try:
-        for cells in rows:
-            yield rows.line_num, cells
-    except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: {error}; quote a cell as a whole, and a quote in it twice") from None
+    tab-separated without quoting. A row is one line: else a stray quote would swallow the rows after it."""
+    commas = Path(path).suffix == ".csv"
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            cells = next(csv.reader([line], strict=True), [""]) if commas else line.split("\t")
+        except csv.Error as error:
+            raise DataError(f"{path}:{number}: {error}; one row a line was expected, a cell in quotes as a whole, and "
+                            "quotes within it doubled") from None
+        yield number, cells
 
 
 def read_table(path, texts, label="label", known=None, header=None):
     """Labelled texts, or pairs of texts, from a table whose columns are addressed by name.
 
-    texts: names of the one or two text columns; label: name of the label's; known: which labels there may be, or None
+    texts: names of the text columns; label: name of the label's; known: which labels there may be, or None
     for any; header: the names of the columns where the file itself does not begin with them.
     """
     rows = read_cells(path)
@@ -113,6 +110,7 @@ def read_json(text, types, where):
     try:
         fields = json.loads(text)
         values = [fields[name] for name in types]
+        json.dumps(values, ensure_ascii=False).encode()  # fails at half a surrogate pair, which no tokenizer takes
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         values = None
     if values is None or not all(isinstance(value, kind) for value, kind in zip(values, types.values())):
@@ -145,10 +143,8 @@ def bio(name, n):
 
 
 def hold_out(examples, share, seed=0):
-    """Split off round(share·N) examples, at least one, without regard to the run's seed: all runs share the dev set."""
+    """Split off round(share·N) of N > 1 examples, at least one, whatever the run's seed: all runs share the dev set."""
     n = len(examples)
-    if n < 2:
-        raise DataError("one train example cannot be split into train and dev; two or more were expected")
     held = np.zeros(n, dtype=bool)
     held[np.random.default_rng(seed).permutation(n)[: max(1, round(share * n))]] = True
     return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))
@@ -238,14 +234,14 @@ def read_mtop(folder):
 def mtop_tags(words, spans, slots, where):
     """BIO tags from slots "start:end:SL:NAME,…" and where each word is, [{"start": …, "length": …}, …], in bytes.
 
-    A slot covers the words it overlaps. A word has the first slot that covers it, if slots overlap.
+    A slot covers the words it overlaps. Where slots overlap, a word belongs to the one that begins first, or is longer.
     """
     try:
         ends = [(span["start"], span["start"] + span["length"]) for span in spans]
-        wanted = [(int(start), int(end), name) for start, end, _, name in
-                  (slot.split(":", 3) for slot in slots.split(",") if slot)]  # fmt: skip
+        found = [re.fullmatch(r"(\d+):(\d+):SL:(\S+)", slot).groups() for slot in slots.split(",") if slot]
+        wanted = sorted(((int(start), int(end), name) for start, end, name in found), key=lambda s: (s[0], -s[1]))
         covered = [[t for t, (a, b) in enumerate(ends) if a < end and start < b] for start, end, _ in wanted]
-    except (ValueError, KeyError, TypeError):
+    except (AttributeError, ValueError, KeyError, TypeError):
         raise DataError(f"{where}: {slots[:40]!r}; slots start:end:SL:NAME,… and tokenSpans of start and length were "
                         "expected") from None
     if not words or len(words) != len(ends) or not all(isinstance(word, str) for word in words) or not all(covered):
@@ -276,7 +272,8 @@ def read_massive(folder):
             found = part.split()
             words += found
             tags += bio(slot, len(found)) if i % 3 == 2 and found else ["O"] * len(found)
-        if split not in splits or not intent.strip() or not words or words != utterance.split():
+        right = words and words == utterance.split() and not re.search(r"\[\s*:|:\s*\]", marked)
+        if split not in splits or not intent.strip() or not right:
             raise DataError(f"{path}:{number}: a partition train, dev or test, an intent, and an annot_utt that is utt "
                             "with slots as [name : words] were expected")
         splits[split].texts.append(words)
@@ -303,8 +300,8 @@ def read_glue(folder, texts, known, label="label", header=None, splits=TRAIN_AND
 def read_mrpc(folder):
     """MRPC: the dev set consists of the rows of the train file whose two ids are a line of `mrpc_dev_ids.tsv`."""
     path, dev_path = Path(folder) / "msr_paraphrase_train.txt", Path(folder) / "mrpc_dev_ids.tsv"
-    examples = read_table(path, ("#1 String", "#2 String"), "Quality", ("0", "1"))
-    ids = read_table(path, ("#1 ID", "#2 ID"), "Quality").texts
+    examples = read_table(path, ("#1 ID", "#2 ID", "#1 String", "#2 String"), "Quality", ("0", "1"))
+    ids, examples.texts = [row[:2] for row in examples.texts], [row[2:] for row in examples.texts]
     wanted = {tuple(cells): number for number, cells in read_cells(dev_path)}
     if unknown := wanted.keys() - set(ids):
         raise DataError(f"{dev_path}:{min(wanted[pair] for pair in unknown)}: two ids of a row of {path} were expected")
@@ -319,13 +316,13 @@ def read_mrpc(folder):
 def read_own(folder):
     """A folder of the user's. Joint intent/slot: train/, dev/ and test/, each with seq.in, seq.out and label.
     Classification: train, dev and test as .tsv or .csv with the columns text (or text_a and text_b) and label."""
-    splits = {}
-    for split in ("train", "dev", "test"):
-        paths = [path for suffix in ("", ".tsv", ".csv") if (path := Path(folder) / f"{split}{suffix}").exists()]
-        if len(paths) > 1:
-            raise DataError(f"{' and '.join(map(str, paths))}: one of them was expected")
-        for path in paths:
-            splits[split] = read_parallel(path) if path.is_dir() else read_own_table(path)
+    splits, names = {}, {split + kind: split for split in ("train", "dev", "test") for kind in ("", ".tsv", ".csv")}
+    for path in sorted(Path(folder).iterdir()):  # of all that is there: a broken link is not taken for no split
+        split = names.get(path.name.lower())
+        if split in splits or (split and path.name not in names):
+            raise DataError(f"{path}: {split} once, and in lower case, was expected")
+        if split:
+            splits[split] = read_own_table(path) if path.suffix else read_parallel(path)
     if "train" not in splits:
         raise DataError(f"{folder}: no train split; train.tsv or train.csv (columns text, or text_a and text_b, and "
                         "label), or train/ with seq.in, seq.out and label, was expected")
@@ -337,4 +334,7 @@ def read_own(folder):
 def read_own_table(path):
     """One split with the columns text and label, or text_a, text_b and label."""
     header = next(read_cells(path))[1]
-    return read_table(path, ("text_a", "text_b") if "text_a" in header else ("text",))
+    pairs = "text_a" in header or "text_b" in header
+    if pairs and "text" in header:
+        raise DataError(f"{path}:1: columns text, text_a and text_b; either the first or the others were expected")
+    return read_table(path, ("text_a", "text_b") if pairs else ("text",))

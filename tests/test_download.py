@@ -108,6 +108,7 @@ def test_a_file_arrives_whole_and_is_not_fetched_again(server, tmp_path, capsys)
     ((200, b"", len(PAYLOAD)), r"could not be fetched \(0 of 512000 bytes came\)", 3),
     (PAYLOAD[:-1] + b"x", r"has sha256 [0-9a-f]{64}, not 8acfcabd.*changed, or damaged on the way", 1),
     (b"", r"has sha256 e3b0c442", 1),
+    ((429, b"", 0), r"could not be fetched \(HTTP Error 429: Too Many Requests\)", 3),
 ])  # fmt: skip
 def test_a_transfer_that_fails_leaves_nothing_and_says_what_to_do(server, tmp_path, answer, message, requests):
     with pytest.raises(DataError, match=message) as caught:
@@ -283,8 +284,26 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     assert "unknown dataset 'nope' (choose from demo, snips" in capsys.readouterr().err
 
 
-def test_addresses_are_those_of_the_authors():
-    """Every dataset has files with an https address; those of the NLU sets have a checksum, GLUE has none."""
+def test_the_table_of_what_the_loader_sees(tmp_path, capsys):
+    """The user's own folder, of which all is known: two rows lie in one another's way in no column."""
+    for split, tags in (("train", "O B-x I-x"), ("dev", "O O O"), ("test", "B-y B-y O")):
+        (tmp_path / split).mkdir()
+        for file, line in (("seq.in", "a b \ufffd"), ("seq.out", tags), ("label", split)):
+            (tmp_path / split / file).write_text(f"{line}\n" * 2, encoding="utf-8")
+    assert data.__main__.main([str(tmp_path), "--check"]) == 0
+    head, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-3:])
+    assert dict(zip(head, row)) == {
+        "dataset": str(tmp_path), "rows": "2 / 2 / 2 (–)", "labels": "3 (–)", "slot types": "2 (–)", "tags": "4",
+        "slots": "2 / 0 / 4", "rows without": "0 / 2 / 0", "words lost": "0 of 18"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["snips", "atis"])
+def test_checksums_are_those_of_the_real_files(raw, name):
+    for file in DATASETS[name].files:
+        assert hashlib.sha256((raw / name / file.path).read_bytes()).hexdigest() == file.sha256
+
+
+def test_every_dataset_has_an_address_and_all_but_glue_a_checksum():
     for name, source in DATASETS.items():
         assert all(file.url.startswith("https://") for file in source.files)
         assert all((file.sha256 is None) == source.folder.startswith("glue/") for file in source.files)

@@ -132,8 +132,8 @@ def test_every_dataset_trains(tmp_path, tiny, name):
     wanted = {"cola": ["matthews", "accuracy"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
     joint = ["intent_acc", "slot_f1", "frame_acc", "slot_token_acc"]
     for split in set(row["rows"]) - {"train"}:
-        assert list(row[split]) == (joint if DATASETS[name].slots != 0 else wanted.get(name, ["accuracy"]))
-    assert ("test" in row) == (DATASETS[name].slots != 0)
+        assert list(row[split]) == (joint if not DATASETS[name].metrics else wanted.get(name, ["accuracy"]))
+    assert ("test" in row) == (not DATASETS[name].metrics)
     assert ("dev_mismatched" in row) == (name == "mnli")
 
 
@@ -170,7 +170,8 @@ def tags_of_mtop(utterance, slots):
     ("buy a b c", "4:7:SL:X,8:9:SL:X", "O B-X I-X B-X"),  # adjacent slots of one name
     ("buy a b c", "", "O O O O"),
     ("half-way home", "0:4:SL:X", "B-X O"),  # a slot that ends within a word covers it
-    ("a b c", "0:5:SL:X,2:3:SL:Y", "B-X I-X I-X"),  # of slots in one another, the first
+    ("a b c", "2:3:SL:Y,0:5:SL:X", "B-X I-X I-X"),  # of slots in one another, the outer one
+    ("a b c", "0:3:SL:X,2:5:SL:Y", "B-X I-X B-Y"),  # of slots that overlap, the one that begins first
 ])  # fmt: skip
 def test_mtop_slots(utterance, slots, tags):
     assert tags_of_mtop(utterance, slots) == tags
@@ -201,6 +202,19 @@ def test_an_i_tag_after_nothing_is_kept_for_the_metric_to_open_a_span(tmp_path):
     assert read_parallel(tmp_path).tags == [["I-x", "O"]]
 
 
+def test_one_text_of_a_pair_may_be_empty(tmp_path):
+    """QQP has such rows."""
+    (tmp_path / "train.tsv").write_text("text_a\ttext_b\tlabel\na\t\tx\n\tb\ty\n")
+    assert read_own(tmp_path)["train"].texts == [("a", ""), ("", "b")]
+
+
+def test_a_link_to_nowhere_is_not_taken_for_a_split_that_is_not_there(tmp_path):
+    (tmp_path / "train.tsv").write_text(OWN_TABLE)
+    (tmp_path / "dev.tsv").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"dev.tsv: No such file"):
+        read_own(tmp_path)
+
+
 # ---- the user's own data
 
 
@@ -213,7 +227,7 @@ def write(folder, files):
 
 @pytest.mark.parametrize(("files", "texts"), [
     ({"train.tsv": "text\tlabel\n\"a\" b\tx\nc\ty\n"}, ['"a" b', "c"]),  # without quoting
-    ({"train.csv": 'label,text\nx,"a, ""b"""\ny,"c\nd"\n'}, ['a, "b"', "c\nd"]),
+    ({"train.csv": 'label,text\nx,"a, ""b"""\ny,c\n'}, ['a, "b"', "c"]),
     ({"train.tsv": "id\ttext_b\tlabel\ttext_a\n1\tb\tx\ta\n2\td\ty\tc\n"}, [("a", "b"), ("c", "d")]),
     ({"train/seq.in": "a b\nc\n", "train/seq.out": "O B-x\nO\n", "train/label": "x\ny\n"}, [["a", "b"], ["c"]]),
 ])  # fmt: skip
@@ -247,15 +261,19 @@ def test_own_data_trains_with_whichever_splits_there_are(tmp_path, tiny, capsys,
 
 @pytest.mark.parametrize(("files", "message"), [
     ({"dev.tsv": "text\tlabel\na\tx\n"}, "no train split; train.tsv or train.csv"),
-    ({"train.tsv": "a", "train.csv": "b"}, "train.tsv and .*train.csv: one of them was expected"),
+    ({"train.tsv": "text\tlabel\na\tx\n", "train.csv": "text,label\na,x\n"}, "train.tsv: train once, and in lower"),
     ({"train.tsv": "sentence\tlabel\na\tx\n"}, "train.tsv:1: one column named 'text' was expected among .* 'sentence'"),
     ({"train.tsv": "text_a\tlabel\na\tx\n"}, "train.tsv:1: one column named 'text_b' was expected"),
+    ({"train.tsv": "text\ttext_b\tlabel\na\tb\tx\n"}, "train.tsv:1: columns text, text_a and text_b; either"),
+    ({"train.tsv": "text\tlabel\na\tx\n", "Dev.tsv": "text\tlabel\na\tx\n"}, "Dev.tsv: dev once, and in lower case"),
+    ({"train": "text\tlabel\na\tx\n"}, "train/seq.in: Not a directory"),
     ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:1: one column named 'text'"),
     ({"train.tsv": "text\tlabel\n"}, "train.tsv: no row below the header"),
     ({"train.tsv": "text\tlabel\na\tx\n\tx\n"}, "train.tsv:3: no text in column text"),
     ({"train.tsv": "text\tlabel\na\tx\nb\t \n"}, "train.tsv:3: label ''; any text"),
-    ({"train.csv": 'text,label\na,x\n"b" c,y\n'}, "train.csv:3: .*quote a cell as a whole"),
-    ({"train.csv": 'text,label\na,x\n"b,y\n'}, "train.csv:3: .*quote a cell as a whole"),
+    ({"train.csv": 'text,label\na,x\n"b" c,y\n'}, "train.csv:3: .*one row a line was expected, a cell in quotes"),
+    ({"train.csv": 'text,label\na,x\n"b,y\nc,y\nfoo",x\n'}, "train.csv:3: .*one row a line was expected"),  # not at 5
+    ({"train.csv": "text,label\na,x\n\nb,y\n"}, "train.csv:3: columns: none; 2 were expected"),
     ({"train.tsv": "text\tlabel\na\tx\n", "dev.tsv": "text_a\ttext_b\tlabel\na\tb\tx\n"}, "must be all of words"),
     ({"train.tsv": "text\tlabel\na\tx\n", "test/seq.in": "a", "test/seq.out": "O", "test/label": "x"}, "must be all"),
     ({"train/seq.in": "a"}, "train/seq.out: No such file"),
@@ -320,6 +338,14 @@ def test_damaged_files_are_refused(tmp_path, name, damage):
     ("mtop", "mtop/en/eval.txt", "\"start\": 0", "\"start\": \"0\"", r"eval.txt:1: .*tokenSpans of start and length"),
     ("mtop", "mtop/en/eval.txt", "\"tokens\": [", "\"tokens\": [\"x\", ", r"eval.txt:1: .*a span for every token"),
     ("mtop", "mtop/en/eval.txt", "\"tokens\": [\"", "\"tokens\": [1, \"", r"eval.txt:1: "),
+    ("mtop", "mtop/en/eval.txt", "\t9:15:", "\t9999:99999:", r"eval.txt:\d+: .*a token in every slot were expected"),
+    ("mtop", "mtop/en/eval.txt", ":SL:", ":XX:", r"eval.txt:1: .* slots start:end:SL:NAME"),
+    ("mtop", "mtop/en/eval.txt", "\"tokens\": [\"", "\"tokens\": [\"\\ud800", r"eval.txt:1: .*a JSON object with"),
+    ("atis", "atis.test.query.csv", " 1\n", "\n", r"test.query.csv:1: must start with BOS, end with EOS"),
+    ("atis", "atis.train.slots.csv", "42 ", "-1 ", r"train.slots.csv:1: an index outside 0..\d+, the lines of"),
+    ("slurp", "1.0/data/en-US.jsonl", '"intent": "', '"intent": " ", "x": "', r"jsonl:1: a partition .* an intent"),
+    ("slurp", "1.0/data/en-US.jsonl", '"utt": "', '"utt": 5, "x": "', r"en-US.jsonl:1: .*a JSON object"),
+    ("slurp", "1.0/data/en-US.jsonl", '"annot_utt": "', '"annot_utt": "[date : ] ', r"en-US.jsonl:1: .*slots as"),
     ("slurp", "1.0/data/en-US.jsonl", '"train"', '"trial"', r"en-US.jsonl:1: a partition train, dev or test"),
     ("slurp", "1.0/data/en-US.jsonl", '"dev"', '"train"', r"en-US.jsonl: no row of partition dev"),
     ("slurp", "1.0/data/en-US.jsonl", " : ", " ", r"en-US.jsonl:1: .*slots as \[name : words\]"),

@@ -40,6 +40,16 @@ def test_rows_say_in_which_flags_they_differ():
     assert len(cells([row("full"), row("full", seed=1, full_epochs=4)])) == 1  # which does not matter to a full run
 
 
+def test_without_a_test_split_dev_is_reported_and_said():
+    """And both dev sets of MNLI."""
+    mnli = row(dataset="mnli")
+    del mnli["test"]
+    mnli |= {"dev": {"accuracy": 80.0}, "dev_mismatched": {"accuracy": 81.0}}
+    assert cells([mnli])[0][4] == "accuracy 80.00, accuracy (mismatched) 81.00"
+    assert "On test (on dev: mnli) after the last epoch" in report.table([row(), mnli])
+    assert "On test after the last epoch" in report.table([row()])
+
+
 def test_machines_are_not_mixed():
     other = copy.deepcopy(row())
     other["environment"]["cpu"] = "another"
