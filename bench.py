@@ -1,6 +1,7 @@
 """How fast is the engine? Our training step and scoring pass against the textbook's, in one run.
 
     python bench.py --dataset snips --data-dir …
+    python bench.py --encode                         reading and encoding a set as large as MNLI, instead
 
 Rates are medians over rounds in which all variants take turns, so that a noisy machine is noisy for all of them; the
 parts of a step are means over all turns; everything else is computed, or timed by itself.
@@ -9,6 +10,7 @@ parts of a step are means over all turns; everything else is computed, or timed 
 import argparse
 import copy
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -23,7 +25,7 @@ import torch
 
 import report
 import train
-from data import DEFAULT_MODEL, DataError, ModelError, batches, load, load_tokenizer, sorted_batches
+from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, demo, load, load_tokenizer, sorted_batches
 from models import FlatAdamW, NLUModel, hugging_face, infer, limit_vocabulary, losses
 from pruning import Schedule, Smoother, select
 from scoring import SCORES, score
@@ -212,6 +214,31 @@ def selection_seconds(scores):
         return time.perf_counter() - start
 
 
+def encoding(args, rows):
+    """Read and encode sentence pairs in files of MNLI's shape, `rows` of them in train and in each dev set. Returns how
+    long that took and the most memory that this process has had, as text."""
+    words = [" ".join(words) for words in demo.generate()["train"].texts]
+    columns = ("index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse",
+               "sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1", "gold_label")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for file, n in zip(("train", "dev_matched", "dev_mismatched"), rows, strict=True):
+            path = Path(folder) / "glue" / "MNLI" / f"{file}.tsv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as table:
+                print(*columns, sep="\t", file=table)
+                for i in range(n):
+                    first, second = " ".join(words[i % prime] for prime in (3989, 3967, 3947, 3943)), words[i % 3931]
+                    a, b = (text.replace(" ", " ) ( ") for text in (first, second))
+                    label = ("contradiction", "entailment", "neutral")[i % 3]
+                    print(i, 1, i, "x", a, b, a, b, first, second, label, label, sep="\t", file=table)
+        start = time.perf_counter()
+        data = load("mnli", load_tokenizer(args.model), folder)
+        seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert tuple(map(len, data.splits.values())) == rows
+    return (f"{sum(rows):,} sentence pairs of {data.train.lengths.mean():.0f} tokens read and encoded in "
+            f"{seconds:.1f} s; memory at most {peak:,.0f} MB")  # fmt: skip
+
+
 def measure(args):
     """All figures, as {name: value}; rates in examples a second, times in seconds, shares from 0 to 1."""
     started = time.perf_counter()
@@ -321,6 +348,7 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=7, help="turns of each variant (7)")
     p.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
     p.add_argument("--grown", type=int, default=400_000, help="size of the grown dataset (400000)")
+    p.add_argument("--encode", action="store_true", help="measure reading and encoding a set of MNLI's size, only that")
     p.add_argument("--json", metavar="FILE", help="write all figures there, too")
     flags = p.parse_args(argv)
     shared = {name: getattr(flags, name) for name in ("dataset", "data_dir", "device", "model", "max_train")}
@@ -328,6 +356,9 @@ def main(argv=None):
     for name in ("steps", "rounds", "seconds", "grown"):
         setattr(args, name, getattr(flags, name))
     try:
+        if flags.encode:
+            print(encoding(args, DATASETS["mnli"].rows))
+            return 0
         result = measure(args)
     except (DataError, ModelError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)

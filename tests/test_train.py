@@ -273,6 +273,11 @@ def test_a_short_run_on_real_data(run, raw):
 # ---- the engine
 
 
+def test_the_benchmark_of_encoding_reads_what_it_wrote():
+    said = bench.encoding(train.parse([]), (31, 5, 7))
+    assert re.fullmatch(r"43 sentence pairs of \d+ tokens read and encoded in [\d.]+ s; memory at most [\d,]+ MB", said)
+
+
 def textbook_losses(model, data, cut, clip):
     """The loss of each batch, in the order a textbook would train on them."""
     assert model.run_encoder is bert
