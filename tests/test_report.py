@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -149,6 +150,16 @@ def test_environment_says_whether_the_code_was_changed(monkeypatch, changes):
     monkeypatch.setattr(report.subprocess, "run",
                         lambda *_, **__: type("Result", (), {"returncode": 0, "stdout": changes}))
     assert report.environment("cpu")["dirty"] is bool(changes)
+
+
+def test_the_readme_counts_the_lines_of_every_file():
+    readme = (report.CHECKOUT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"^(\S+\.py) .*?(\d+)(?: lines)?$", readme, re.M)
+    files = [*report.CHECKOUT.glob("*.py"), *report.CHECKOUT.glob("data/*.py")]
+    count = {str(path.relative_to(report.CHECKOUT)): len(path.read_text("utf-8").splitlines()) for path in files}
+    assert {name: int(lines) for name, lines in said} == count
+    method = sum(count[f"{name}.py"] for name in ("train", "scoring", "pruning", "models"))
+    assert f"is {method} lines, everything {sum(count.values()):,}." in readme
 
 
 def test_the_readme_shows_the_table_of_the_committed_rows():
