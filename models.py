@@ -272,7 +272,7 @@ def limit_vocabulary(model, data: Dataset):
         used = torch.zeros(table.num_embeddings, dtype=torch.bool)
         used[data.train.pad] = True
         for split in data.splits.values():
-            used[split.tokens.cpu()] = True
+            used[split.tokens.int().cpu()] = True
         model.encoder.set_input_embeddings(EmbeddingRows(table, used.nonzero().squeeze(1)))
 
 

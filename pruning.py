@@ -76,9 +76,8 @@ class Smoother:
         self.squared_weights = 1.0  # Σ w_i² of the weights so far, for the bias correction 1 / (1 − Σ w_i²)
 
     def __call__(self, scores):
-        """Take this round's scores, (N,), and return the smoothed ones, (N,) float64."""
-        scores = scores.astype(np.float64)
-        if self.mean is None:
+        """Take this round's scores, (N,) float32, and return the smoothed ones, likewise."""
+        if self.mean is None or self.alpha == 1:  # the first round, or only the newest score counts
             self.mean, self.variance = scores, np.zeros_like(scores)
             return scores
         a = self.alpha
@@ -86,6 +85,4 @@ class Smoother:
         self.mean = self.mean + a * delta
         self.variance = (1 - a) * (self.variance + a * delta**2)
         self.squared_weights = a**2 + (1 - a) ** 2 * self.squared_weights
-        if self.squared_weights == 1:  # alpha is 1: only the newest score counts
-            return self.mean
         return self.mean + self.c * np.sqrt(self.variance / (1 - self.squared_weights))

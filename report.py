@@ -316,7 +316,7 @@ def log_epoch(folder, line, epochs, n):
 
 def save_round(folder, epoch, scores, importance, kept):
     """rounds/epoch-<e>.npz: what was scored and kept before epoch e (from 1), each (N,) in dataset order: scores,
-    importance (the smoothed scores, float64) and keep (bool)."""
+    importance (the smoothed scores) and keep (bool)."""
     (folder / "rounds").mkdir(exist_ok=True)
     mask = np.zeros(len(scores), dtype=bool)
     mask[kept] = True

@@ -195,8 +195,8 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
         if len(tag_ids) >= 2**15:
             raise DataError(f"{name}: {len(tag_ids)} slot tags; fewer than {2**15} were expected")
 
-    def encoded(examples):
-        return encode(examples, tokenizer, max_length, label_ids, tag_ids)
+    def encoded(examples, words=True):
+        return encode(examples, tokenizer, max_length, label_ids, tag_ids, words)
 
-    return Dataset(name, encoded(train), {split: encoded(examples) for split, examples in splits.items()},
+    return Dataset(name, encoded(train, words=False), {split: encoded(examples) for split, examples in splits.items()},
                    list(label_ids), n_labels, list(tag_ids), n_tags, find(name, folder)[0].metrics)

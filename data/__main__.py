@@ -8,9 +8,11 @@
 import argparse
 import sys
 
-from metrics import spans, tag_names
+import numpy as np
 
-from . import DATASETS, DEFAULT_MODEL, LOST, DataError, ModelError, download, fetch, find, load, load_tokenizer
+from metrics import spans
+
+from . import DATASETS, DEFAULT_MODEL, IGNORE, DataError, ModelError, download, fetch, find, load, load_tokenizer
 
 
 def overview(folder):
@@ -38,14 +40,20 @@ def checked(names, folder):
         cells = [name, f"{listed(map(len, splits))} ({listed(source.rows) or '–'})",
                  f"{len(data.labels)} ({source.labels or '–'})"]  # fmt: skip
         if data.tags:
-            slots = [[len(spans(tags)) for tags in tag_names(split, split.word_tags, data.tags)] for split in splits]
-            lost = sum((split.word_starts == LOST).sum().item() for split in splits)
+            slots = [[len(spans(tags)) for tags in tags_of(split, data.tags)] for split in splits]
+            lost = sum(split.lost for split in splits)
             cells += [
                 f"{len({tag[2:] for tag in data.tags if tag != 'O'})} ({source.slots or '–'})", f"{len(data.tags)}",
                 listed(map(sum, slots)), listed(counts.count(0) for counts in slots),
-                f"{lost} of {sum(len(split.word_tags) for split in splits):,}",
+                f"{lost} of {lost + sum((split.tags != IGNORE).sum().item() for split in splits):,}",
             ]  # fmt: skip
         yield "| " + " | ".join(cells + ["–"] * (len(head) - len(cells))) + " |"
+
+
+def tags_of(split, names):
+    """Yield the tags of each utterance that its tokens carry, as a list of names."""
+    for tags in np.split(split.tags.numpy(), split.offsets[1:-1]):
+        yield [names[tag] for tag in tags[tags != IGNORE]]
 
 
 def listed(numbers):

@@ -79,18 +79,20 @@ class Split:
     occur in train, so no prediction can equal them: they count as errors.
     """
 
-    tokens: torch.Tensor  # (T,) int32
+    tokens: torch.Tensor  # (T,) int16 where the vocabulary allows, else int32
     offsets: torch.Tensor  # (N+1,) int64
-    labels: torch.Tensor  # (N,) int64
+    labels: torch.Tensor  # (N,) int32
     pad: int
     types: torch.Tensor | None = None  # (T,) int8
     tags: torch.Tensor | None = None  # (T,) int16: each word's tag at its first sub-token, IGNORE elsewhere
+    # For evaluation; train has none of these, as they would be a third of its memory:
     word_tags: torch.Tensor | None = None  # (W,) int16
     word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the example, or LOST
     word_offsets: torch.Tensor | None = None  # (N+1,) int64
+    lost: int = 0  # words that are LOST
 
     def __post_init__(self):
-        self.lengths = self.offsets.diff().cpu().numpy()  # (N,) tokens an example, kept on the host for batching
+        self.lengths = self.offsets.diff().int().cpu().numpy()  # (N,) tokens an example, on the host for batching
 
     def __len__(self):
         return len(self.lengths)
@@ -113,7 +115,7 @@ class Split:
         types = None if self.types is None else self.types[where].long().masked_fill(~mask, 0)
         tags = None if self.tags is None else self.tags[where].long().masked_fill(~mask, IGNORE)
         padded = lengths.min() < len(columns)
-        return Batch(np.asarray(indices), tokens, types, mask if padded else None, self.labels[rows], tags)
+        return Batch(np.asarray(indices), tokens, types, mask if padded else None, self.labels[rows].long(), tags)
 
 
 def batches(lengths, indices, batch_size, rng, window=50):
@@ -147,14 +149,15 @@ def sorted_batches(split, tokens=None):
     return cut
 
 
-def encode(examples, tokenizer, max_length, label_ids, tag_ids):
-    """Tokenise a split of text into a Split.
+def encode(examples, tokenizer, max_length, label_ids, tag_ids, words=True):
+    """Tokenise a split of text into a Split. words: with arrays for each word, too, which evaluation needs.
 
     The first sub-token of a word carries its tag. A word of which the tokenizer would leave nothing becomes its
     unknown token. A word that is cut off by `max_length` (tokens, special ones included) stays in the word arrays as
     LOST.
     """
-    tokens, types, tags, offsets, starts = array("i"), array("b"), array("h"), array("q", [0]), array("h")
+    tokens = array("h" if len(tokenizer) <= 2**15 else "i")
+    types, tags, offsets, starts = array("b"), array("h"), array("q", [0]), array("h")
     joint = examples.tags is not None
     pairs = not joint and isinstance(examples.texts[0], tuple)
     typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
@@ -182,12 +185,14 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids):
                 starts.extend(first)
         bar.update(len(texts))
     bar.close()
-    labels = array("q", (label_ids[label] for label in examples.labels))
+    labels = array("i", (label_ids[label] for label in examples.labels))
     split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id)
     if typed:
         split.types = flat(types)
     if joint:
-        split.tags, split.word_starts = flat(tags), flat(starts)
+        split.tags, split.lost = flat(tags), starts.count(LOST)
+    if joint and words:
+        split.word_starts = flat(starts)
         split.word_tags = flat(array("h", (tag_ids[name] for names in examples.tags for name in names)))
         split.word_offsets = flat(array("q", accumulate(map(len, examples.tags), initial=0)))
     return split

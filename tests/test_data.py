@@ -110,7 +110,7 @@ def test_encoding_agrees_with_a_slow_twin(tokenizer, max_length):
         assert batch.mask[i].tolist() == [True] * len(ids) + [False] * (batch.mask.shape[1] - len(ids))
         assert set(batch.tokens[i, len(ids) :].tolist()) <= {tokenizer.pad_token_id}
         assert set(batch.tags[i, len(ids) :].tolist()) <= {IGNORE}
-    assert (split.word_starts.numpy() == LOST).tolist() == lost
+    assert (split.word_starts.numpy() == LOST).tolist() == lost and split.lost == sum(lost)
     assert not any(lost[:4]) and batch.tokens[0, 1] == batch.tokens[0, 3] == tokenizer.unk_token_id
     assert any(lost) == (max_length == 6)
 

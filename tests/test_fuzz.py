@@ -71,7 +71,7 @@ def dataset(name, tokenizer):
         assert rows_of(folder, name) == sum(map(len, splits)), "rows were skipped silently"
         for split in splits:
             assert split.labels.min() >= 0 and split.labels.max() < len(data.labels)
-            assert split.tags is None or split.word_tags.max() < len(data.tags)
+            assert split.tags is None or split.tags.max() < len(data.tags)
             assert split.lengths.min() >= 2 and len(split.tokens) == split.lengths.sum()
 
     return Subject(lambda folder: write_dataset(folder, name), read, (DataError,))
