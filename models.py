@@ -50,13 +50,14 @@ def first_position(encoder):
 class NLUModel(nn.Module):
     """Encoder → dropout, dense, tanh, dropout, linear on the first token; dropout, linear on every token for slots.
 
-    labels, tags: the names behind the outputs of the two heads; without tags it is a plain classifier.
+    labels, tags: the names behind the outputs of the two heads; without tags it is a plain classifier, of texts or of
+    pairs of texts.
     """
 
-    def __init__(self, encoder, tokenizer, labels, tags=()):
+    def __init__(self, encoder, tokenizer, labels, tags=(), pairs=False):
         super().__init__()
         width = encoder.config.hidden_size
-        self.encoder, self.tokenizer, self.labels, self.tags = encoder, tokenizer, labels, tags
+        self.encoder, self.tokenizer, self.labels, self.tags, self.pairs = encoder, tokenizer, labels, tags, pairs
         self.run_encoder = bert if is_bert(encoder) else hugging_face
         self.p = getattr(encoder.config, "hidden_dropout_prob", 0.1)
         self.dense = nn.Linear(width, width)
@@ -78,7 +79,7 @@ class NLUModel(nn.Module):
         if longest > limit:
             raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has one of {longest}; "
                              f"--max-length {limit} cuts them off")
-        return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags])
+        return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], data.pairs)
 
     def forward(self, batch):
         """batch: data.Batch. Returns fp32 logits (B, labels), and (B, L, tags) or None."""
@@ -90,12 +91,12 @@ class NLUModel(nn.Module):
     def predict(self, texts):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
         an empty list where there are no slots; a word beyond the longest input is "O"."""
-        if isinstance(texts, str):
-            raise TypeError("predict takes a list of utterances, not one string")
+        kinds = {tuple(map(type, text)) if isinstance(text, (tuple, list)) else type(text) for text in texts}
+        if isinstance(texts, str) or kinds - {(str, str) if self.pairs else str}:
+            raise TypeError(f"this model takes a list of {'pairs of ' if self.pairs else ''}strings")
         if not texts:
             return []
-        if self.tags:
-            texts = [text.split() for text in texts]
+        texts = [text.split() if self.tags else tuple(text) if self.pairs else text for text in texts]
         unknown = [["O"] * len(words) for words in texts] if self.tags else None
         examples = Examples(texts, ["?"] * len(texts), unknown)
         split = encode(examples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {"?": 0}, {"O": 0})
@@ -115,19 +116,20 @@ class NLUModel(nn.Module):
             self.encoder.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             save_file(heads, Path(folder) / "heads.safetensors")
-            Path(folder, "labels.json").write_text(json.dumps({"labels": self.labels, "tags": self.tags}, indent=1))
+            names = {"labels": self.labels, "tags": self.tags, "pairs": self.pairs}
+            Path(folder, "labels.json").write_text(json.dumps(names, indent=1))
         except Exception as error:  # safetensors' own is no OSError
             raise ModelError(f"{folder}: the model could not be written ({error})") from None
 
     @classmethod
     def load(cls, folder):
         """The model that `save` wrote, in evaluation mode on the CPU. ModelError where the folder is none of ours."""
-        encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
         try:
             names = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))
             if not all(isinstance(name, str) for name in [] + names["labels"] + names["tags"]):
                 raise TypeError("labels.json: two lists of names were expected")
-            model = cls(encoder, tokenizer, names["labels"], names["tags"])
+            encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
+            model = cls(encoder, tokenizer, names["labels"], names["tags"], names.get("pairs") is True)
             weights = load_file(Path(folder, "heads.safetensors"))
             model.load_state_dict({**weights, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}})
         except Exception as error:

@@ -365,7 +365,7 @@ def totals(data, schedule, clock, log):
     full_epoch = float(np.median([line["seconds"]["train"] for line in log if line["kept"] == n]))
     scoring_cost = seconds.get("score", 0.0) / max(schedule.rounds, 1) / full_epoch
     return {
-        "rows": {name: len(split) for name, split in data.splits.items()},
+        "rows": {name: len(split) for name, split in data.splits.items()}, "pairs": data.pairs,
         "seconds": {phase: round(s, 3) for phase, s in seconds.items()},
         "steps": log[-1]["step"], "pruned_epochs": sum(line["kept"] < n for line in log),
         "examples_seen": sum(line["kept"] for line in log), "examples_full": n * epochs,
@@ -426,7 +426,8 @@ def summary(row):
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         where = json.dumps(f"{folder}/model", ensure_ascii=False)
-        example = f'from models import NLUModel; print(NLUModel.load({where}).predict(["…"]))'
+        text = '("…", "…")' if row["pairs"] else '"…"'
+        example = f"from models import NLUModel; print(NLUModel.load({where}).predict([{text}]))"
         here = "" if Path.cwd() == CHECKOUT else f"PYTHONPATH={shlex.quote(str(CHECKOUT))} "
         lines.append(f"next   {here}python -c {shlex.quote(example)}")
     return "\n".join(lines)
@@ -527,10 +528,14 @@ def table(rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print the table of one or more results.jsonl files.")
     parser.add_argument("files", nargs="+", help="results.jsonl files")
+    args = parser.parse_args(argv)
     try:
-        rows = read_rows(parser.parse_args(argv).files)
+        rows = read_rows(args.files)
     except OSError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    if not rows:
+        print(f"report.py: error: no rows in {', '.join(args.files)}; train.py adds one a run", file=sys.stderr)
         return 2
     print(table(rows))
     return 0

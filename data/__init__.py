@@ -100,6 +100,7 @@ class Dataset:
     n_labels: int  # how many labels train has
     tags: list[str]  # slot tags, likewise; empty for classification
     n_tags: int
+    pairs: bool = False  # whether texts are pairs of strings
     metrics: tuple[str, ...] = ("accuracy",)  # of classification
 
     @property
@@ -198,5 +199,21 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
     def encoded(examples, words=True):
         return encode(examples, tokenizer, max_length, label_ids, tag_ids, words)
 
-    return Dataset(name, encoded(train, words=False), {split: encoded(examples) for split, examples in splits.items()},
-                   list(label_ids), n_labels, list(tag_ids), n_tags, find(name, folder)[0].metrics)
+    data = Dataset(name, encoded(train, words=False), {split: encoded(examples) for split, examples in splits.items()},
+                   list(label_ids), n_labels, list(tag_ids), n_tags, train.pairs, find(name, folder)[0].metrics)
+    if rank() == 0:
+        for note in oddities(data, max_length):
+            print(f"{name}: {note}", flush=True)
+    return data
+
+
+def oddities(data, max_length):
+    """Yield what a user may not expect of a dataset that is fit for use, as text."""
+    if data.n_labels == 1 and not data.tags:
+        yield f"all train examples have the label {data.labels[0]!r}: there is nothing to tell apart"
+    for name, split in data.splits.items():
+        unseen = (split.labels >= data.n_labels).sum().item()
+        if unseen:
+            yield f"{unseen} of {len(split)} {name} examples have a label that train lacks: they count as errors"
+        if split.cut:
+            yield f"{split.cut} of {len(split)} {name} examples are cut off after {max_length} tokens"

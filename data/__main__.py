@@ -7,6 +7,7 @@
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 
@@ -21,11 +22,19 @@ def overview(folder):
     for name, source in DATASETS.items():
         path = find(name, folder)[1]
         missing = download.absent(path, source.files)
-        here = "generated" if path is None else "no" if len(missing) == len(source.files) else str(path)
-        if missing and here != "no":
+        here = "generated" if path is None else str(path)
+        if path and (not path.is_dir() or len(missing) == len(source.files) > 0):
+            here = "no"
+        elif missing:
             here = f"{path}, without {', '.join(file.path for file in missing)}"
         task = f"classification, {source.labels}" if source.metrics else "intent and slots"
         yield f"{name:<8} {task:<24} {' / '.join(f'{n:,}' for n in source.rows):<28} {source.licence:<22} {here}"
+
+
+def on_disk(name, folder):
+    """Whether a dataset can be read without a download."""
+    source, path = find(name, folder)
+    return path is None or (path.is_dir() and not download.absent(path, source.files))
 
 
 def checked(names, folder):
@@ -35,7 +44,8 @@ def checked(names, folder):
     yield "|" + " --- |" * len(head)
     tokenizer = load_tokenizer(DEFAULT_MODEL)
     for name in names:
-        data, source = load(name, tokenizer, folder), find(name, folder)[0]
+        with redirect_stdout(sys.stderr):  # notes are no rows
+            data, source = load(name, tokenizer, folder), find(name, folder)[0]
         splits = data.splits.values()
         cells = [name, f"{listed(map(len, splits))} ({listed(source.rows) or '–'})",
                  f"{len(data.labels)} ({source.labels or '–'})"]  # fmt: skip
@@ -74,16 +84,16 @@ def main(argv=None):
             fetch(name, args.data_dir)
             print(f"{name}: in {find(name, args.data_dir)[1] or 'this program, which generates it'}")
         if args.check:
-            here = [name for name, source in DATASETS.items()
-                    if not download.absent(find(name, args.data_dir)[1], source.files)]  # fmt: skip
-            print("\n".join(checked(args.datasets or here, args.data_dir)))
+            here = [name for name in DATASETS if on_disk(name, args.data_dir)]
+            for line in checked(args.datasets or here, args.data_dir):
+                print(line, flush=True)
         if args.list or not (args.datasets or args.check):
             print("\n".join(overview(args.data_dir)))
     except (DataError, ModelError, OSError) as error:
         print(f"python -m data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("python -m data: interrupted; nothing half-fetched was left", file=sys.stderr)
+        print("python -m data: interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -50,11 +50,15 @@ def fetch(name, folder, files, check, licence=""):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".download.lock", "a") as file:
-            lock(file, wait=True)
+            try:
+                lock(file)
+            except BlockingIOError:
+                print(f"{name}: another process is fetching it; waiting for that", flush=True)
+                lock(file, wait=True)
             wanted = absent(folder, files)  # none, where another process had the lock before
             try:
                 if wanted:
-                    print(f"{name}: fetching {len(files)} files to {folder} (licence: {licence})", flush=True)
+                    print(f"{name}: fetching {paths} to {folder} (licence: {licence})", flush=True)
                     download(files, scratch)
                     check(scratch)
                 for file in wanted:

@@ -89,6 +89,7 @@ class Split:
     word_tags: torch.Tensor | None = None  # (W,) int16
     word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the example, or LOST
     word_offsets: torch.Tensor | None = None  # (N+1,) int64
+    cut: int = 0  # examples that were too long
     lost: int = 0  # words that are LOST
 
     def __post_init__(self):
@@ -158,20 +159,20 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids, words=True):
     """
     tokens = array("h" if len(tokenizer) <= 2**15 else "i")
     types, tags, offsets, starts = array("b"), array("h"), array("q", [0]), array("h")
-    joint = examples.tags is not None
-    pairs = not joint and isinstance(examples.texts[0], tuple)
-    typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
+    joint, cut = examples.tags is not None, 0
+    typed = examples.pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
     gone = vanishing(examples.texts, tokenizer) if joint else {}
     bar = tqdm(total=len(examples), unit="ex", desc="encoding", leave=False, disable=True if rank() else None, delay=1)
     for i in range(0, len(examples), 1000):  # in chunks: the tokenizer's own objects are large
         texts = examples.texts[i : i + 1000]
         if gone:
             texts = [[gone.get(word, word) for word in words] for words in texts]
-        columns = zip(*texts) if pairs else [texts]
+        columns = zip(*texts) if examples.pairs else [texts]
         encoded = tokenizer(*map(list, columns), is_split_into_words=joint, truncation=True, max_length=max_length,
                             return_attention_mask=False, return_token_type_ids=typed)
         for row, ids in enumerate(encoded["input_ids"]):
             tokens.extend(ids)
+            cut += len(ids) == max_length and bool(encoded.encodings[row].overflowing)
             offsets.append(len(tokens))
             if typed:
                 types.extend(encoded["token_type_ids"][row])
@@ -186,7 +187,7 @@ def encode(examples, tokenizer, max_length, label_ids, tag_ids, words=True):
         bar.update(len(texts))
     bar.close()
     labels = array("i", (label_ids[label] for label in examples.labels))
-    split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id)
+    split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id, cut=cut)
     if typed:
         split.types = flat(types)
     if joint:

@@ -30,6 +30,11 @@ class Examples:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def pairs(self):
+        """Whether the texts are pairs of strings."""
+        return self.tags is None and isinstance(self.texts[0], tuple)
+
     def take(self, indices):
         """The examples of these indices, in their order."""
         columns = (self.texts, self.labels, self.tags)
@@ -66,10 +71,10 @@ def read_cells(path) -> Iterator[tuple[int, list[str]]]:
     commas = Path(path).suffix == ".csv"
     for number, line in enumerate(read_lines(path), 1):
         try:
-            cells = next(csv.reader([line], strict=True), [""]) if commas else line.split("\t")
+            cells = next(csv.reader([line], strict=True, skipinitialspace=True), [""]) if commas else line.split("\t")
         except csv.Error as error:
-            raise DataError(f"{path}:{number}: {error}; one row a line was expected, a cell in quotes as a whole, and "
-                            "quotes within it doubled") from None
+            raise DataError(f"{path}:{number}: {error}; a whole row a line was expected (no line ends within cells), a "
+                            "cell in quotes as a whole, and quotes within it doubled") from None
         yield number, cells
 
 
@@ -88,9 +93,10 @@ def read_table(path, texts, label="label", known=None, header=None):
     columns, label_column = [header.index(name) for name in texts], header.index(label)
     examples = Examples([], [])
     for number, cells in rows:
+        if not "".join(cells).strip() and len(cells) < 2:
+            raise DataError(f"{path}:{number}: an empty line; remove it")
         if len(cells) != len(header):
-            raise DataError(f"{path}:{number}: columns: {len(cells) if any(cells) else 'none'}; {len(header)} were "
-                            "expected, as in the header")
+            raise DataError(f"{path}:{number}: {len(cells)} columns, but {len(header)} names for them were given")
         found = tuple(cells[i] for i in columns)
         if not any(text.strip() for text in found):
             raise DataError(f"{path}:{number}: no text in column {' or '.join(texts)}")
@@ -316,17 +322,21 @@ def read_mrpc(folder):
 def read_own(folder):
     """A folder of the user's. Joint intent/slot: train/, dev/ and test/, each with seq.in, seq.out and label.
     Classification: train, dev and test as .tsv or .csv with the columns text (or text_a and text_b) and label."""
-    splits, names = {}, {split + kind: split for split in ("train", "dev", "test") for kind in ("", ".tsv", ".csv")}
+    splits, others = {}, dict.fromkeys(("val", "valid", "validation"), "dev")
     for path in sorted(Path(folder).iterdir()):  # of all that is there: a broken link is not taken for no split
-        split = names.get(path.name.lower())
-        if split in splits or (split and path.name not in names):
-            raise DataError(f"{path}: {split} once, and in lower case, was expected")
-        if split:
-            splits[split] = read_own_table(path) if path.suffix else read_parallel(path)
+        split, kind = path.stem.lower(), path.suffix.lower()
+        split = others.get(split, split)
+        if split not in ("train", "dev", "test") or kind not in ("", ".tsv", ".csv"):
+            continue
+        if path.name != split + kind:
+            raise DataError(f"{path}: {split + kind} was expected as its name")
+        if split in splits:
+            raise DataError(f"{path}: a second {split} split; one was expected")
+        splits[split] = read_own_table(path) if kind else read_parallel(path)
     if "train" not in splits:
         raise DataError(f"{folder}: no train split; train.tsv or train.csv (columns text, or text_a and text_b, and "
                         "label), or train/ with seq.in, seq.out and label, was expected")
-    if len({(examples.tags is None, type(examples.texts[0])) for examples in splits.values()}) > 1:
+    if len({(examples.tags is None, examples.pairs) for examples in splits.values()}) > 1:
         raise DataError(f"{folder}: {', '.join(splits)} must be all of words and tags, all of texts, or all of pairs")
     return splits
 

@@ -98,7 +98,7 @@ def test_a_file_arrives_whole_and_is_not_fetched_again(server, tmp_path, capsys)
         fetch(tmp_path / "new" / "mine", [file])
     assert (tmp_path / "new/mine/a/b.txt").read_bytes() == PAYLOAD
     assert left(tmp_path) == ["new/mine/a/b.txt"] and server.requests == ["/a/b.txt"]
-    assert capsys.readouterr().out == f"mine: fetching 1 files to {tmp_path}/new/mine (licence: a licence)\n"
+    assert capsys.readouterr().out == f"mine: fetching a/b.txt to {tmp_path}/new/mine (licence: a licence)\n"
 
 
 @pytest.mark.parametrize(("answer", "message", "requests"), [

@@ -210,7 +210,9 @@ def test_a_token_outside_the_limited_vocabulary_fails_loudly(model, demo_data):
 def classification(tokenizer, texts):
     """A Dataset of three identical splits in two classes."""
     split = encode(Examples(texts, ["yes", "no"] * (len(texts) // 2)), tokenizer, 128, {"no": 0, "yes": 1}, {})
-    return Dataset("two classes", split, {"dev": split, "test": split}, ["no", "yes"], 2, [], 0)
+    data = Dataset("two classes", split, {"dev": split, "test": split}, ["no", "yes"], 2, [], 0)
+    data.pairs = isinstance(texts[0], tuple)
+    return data
 
 
 @pytest.mark.parametrize("texts", [["wake me", "play jazz"] * 8, [("wake me", "now"), ("play jazz", "please")] * 8])
@@ -226,7 +228,21 @@ def test_a_classifier_has_no_slots_and_learns(tiny, tokenizer, texts, tmp_path):
     labels, tags = predictions(model, data.evaluation["test"])
     assert labels.tolist() == data.evaluation["test"].labels.tolist() and tags is None
     model.save(tmp_path)
-    assert [label for label, _ in NLUModel.load(tmp_path).predict(texts[:2])] == ["yes", "no"]
+    again = NLUModel.load(tmp_path)
+    assert [label for label, _ in again.predict(texts[:2])] == ["yes", "no"]
+    assert again.pairs == isinstance(texts[0], tuple)
+    if again.pairs:  # as JSON has them
+        assert again.predict([list(texts[0])]) == again.predict(texts[:1])
+
+
+@pytest.mark.parametrize(("pairs", "texts"), [
+    (False, "one string"), (False, [("a", "b")]), (False, [None]), (False, [["a"]]), (True, ["a"]), (True, ["ab"]),
+    (True, [("a", "b"), "a cat"]), (True, [("a", "b"), ("a",)]), (True, [("a", "b", "c")]), (True, [("a", 1)]),
+])  # fmt: skip
+def test_texts_of_another_kind_than_the_model_was_trained_on_are_refused(model, pairs, texts):
+    model.pairs = pairs
+    with pytest.raises(TypeError, match=f"takes a list of {'pairs of ' if pairs else ''}strings"):
+        model.predict(texts)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-model"}', "[]"])

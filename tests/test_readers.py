@@ -202,6 +202,17 @@ def test_an_i_tag_after_nothing_is_kept_for_the_metric_to_open_a_span(tmp_path):
     assert read_parallel(tmp_path).tags == [["I-x", "O"]]
 
 
+def test_what_a_user_may_not_expect_is_said(tmp_path, tokenizer, capsys):
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "play it now please\ton\nplay\ton\n" * 8)
+    (tmp_path / "dev.tsv").write_text("text\tlabel\nplay\ton\nplay\tOn\nplay\toff\n")
+    load(str(tmp_path), tokenizer, max_length=4)
+    assert capsys.readouterr().out.replace(f"{tmp_path}: ", "").splitlines() == [
+        "all train examples have the label 'on': there is nothing to tell apart",
+        "8 of 16 train examples are cut off after 4 tokens",
+        "2 of 3 dev examples have a label that train lacks: they count as errors",
+    ]
+
+
 def test_one_text_of_a_pair_may_be_empty(tmp_path):
     """QQP has such rows."""
     (tmp_path / "train.tsv").write_text("text_a\ttext_b\tlabel\na\t\tx\n\tb\ty\n")
@@ -227,7 +238,7 @@ def write(folder, files):
 
 @pytest.mark.parametrize(("files", "texts"), [
     ({"train.tsv": "text\tlabel\n\"a\" b\tx\nc\ty\n"}, ['"a" b', "c"]),  # without quoting
-    ({"train.csv": 'label,text\nx,"a, ""b"""\ny,c\n'}, ['a, "b"', "c"]),
+    ({"train.csv": 'label,text\nx, "a, ""b"""\ny,c\n'}, ['a, "b"', "c"]),
     ({"train.tsv": "id\ttext_b\tlabel\ttext_a\n1\tb\tx\ta\n2\td\ty\tc\n"}, [("a", "b"), ("c", "d")]),
     ({"train/seq.in": "a b\nc\n", "train/seq.out": "O B-x\nO\n", "train/label": "x\ny\n"}, [["a", "b"], ["c"]]),
 ])  # fmt: skip
@@ -252,6 +263,7 @@ def test_own_data_trains_with_whichever_splits_there_are(tmp_path, tiny, capsys,
                          "--no-model", "--out", str(tmp_path / "runs")])  # fmt: skip
     assert status == 0
     said = capsys.readouterr().out
+    assert "have a label that train lacks" not in said and "are cut off" not in said
     row = json.loads((tmp_path / "runs/results.jsonl").read_text())
     assert row["rows"] == rows
     assert ("6 of its 60 train examples are held out" in said) == ("dev" not in splits)
@@ -261,19 +273,20 @@ def test_own_data_trains_with_whichever_splits_there_are(tmp_path, tiny, capsys,
 
 @pytest.mark.parametrize(("files", "message"), [
     ({"dev.tsv": "text\tlabel\na\tx\n"}, "no train split; train.tsv or train.csv"),
-    ({"train.tsv": "text\tlabel\na\tx\n", "train.csv": "text,label\na,x\n"}, "train.tsv: train once, and in lower"),
+    ({"train.tsv": "text\tlabel\na\tx\n", "train.csv": "text,label\na,x\n"}, "train.tsv: a second train split; one"),
     ({"train.tsv": "sentence\tlabel\na\tx\n"}, "train.tsv:1: one column named 'text' was expected among .* 'sentence'"),
     ({"train.tsv": "text_a\tlabel\na\tx\n"}, "train.tsv:1: one column named 'text_b' was expected"),
     ({"train.tsv": "text\ttext_b\tlabel\na\tb\tx\n"}, "train.tsv:1: columns text, text_a and text_b; either"),
-    ({"train.tsv": "text\tlabel\na\tx\n", "Dev.tsv": "text\tlabel\na\tx\n"}, "Dev.tsv: dev once, and in lower case"),
+    ({"train.tsv": "text\tlabel\na\tx\n", "Dev.tsv": "text\tlabel\na\tx\n"}, "Dev.tsv: dev.tsv was expected as"),
+    ({"train.tsv": OWN_TABLE, "valid.csv": "text,label\na,x\n"}, "valid.csv: dev.csv was expected as its name"),
     ({"train": "text\tlabel\na\tx\n"}, "train/seq.in: Not a directory"),
     ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:1: one column named 'text'"),
     ({"train.tsv": "text\tlabel\n"}, "train.tsv: no row below the header"),
     ({"train.tsv": "text\tlabel\na\tx\n\tx\n"}, "train.tsv:3: no text in column text"),
     ({"train.tsv": "text\tlabel\na\tx\nb\t \n"}, "train.tsv:3: label ''; any text"),
-    ({"train.csv": 'text,label\na,x\n"b" c,y\n'}, "train.csv:3: .*one row a line was expected, a cell in quotes"),
-    ({"train.csv": 'text,label\na,x\n"b,y\nc,y\nfoo",x\n'}, "train.csv:3: .*one row a line was expected"),  # not at 5
-    ({"train.csv": "text,label\na,x\n\nb,y\n"}, "train.csv:3: columns: none; 2 were expected"),
+    ({"train.csv": 'text,label\na,x\n"b" c,y\n'}, "train.csv:3: .*a whole row a line was expected"),
+    ({"train.csv": 'text,label\na,x\n"b,y\nc,y\nfoo",x\n'}, "train.csv:3: .*a whole row a line"),  # not at 5
+    ({"train.csv": "text,label\na,x\n\nb,y\n"}, "train.csv:3: an empty line; remove it"),
     ({"train.tsv": "text\tlabel\na\tx\n", "dev.tsv": "text_a\ttext_b\tlabel\na\tb\tx\n"}, "must be all of words"),
     ({"train.tsv": "text\tlabel\na\tx\n", "test/seq.in": "a", "test/seq.out": "O", "test/label": "x"}, "must be all"),
     ({"train/seq.in": "a"}, "train/seq.out: No such file"),

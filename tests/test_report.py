@@ -140,6 +140,12 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path):
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_without_rows_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").touch()
+    assert report.main([str(tmp_path / "empty.jsonl")]) == 2
+    assert capsys.readouterr().err == f"report.py: error: no rows in {tmp_path}/empty.jsonl; train.py adds one a run\n"
+
+
 def test_a_file_that_is_absent_is_said_in_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path / "nope.jsonl")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
