@@ -160,13 +160,20 @@ def loss_difference(args, tokenizer, data, steps=20):
 
 def score_difference(model, split):
     """Differences of EL2N from the textbook's (transformers' encoder, fp32, batches of 32 in dataset order), for the
-    weights of `model`, over a whole split; and which share of the kept half is another in bf16."""
+    weights of `model`, over a whole split; and which share of the kept half is another. Of the textbook under autocast,
+    too: what rounding to bf16 costs in any case."""
     model = copy.deepcopy(model).float()
     model.run_encoder, ours = hugging_face, model.run_encoder
     plain = np.split(np.arange(len(split)), range(32, len(split), 32))
-    wanted = torch.cat([SCORES["el2n"](outputs, batch) for batch, outputs in infer(model, split, plain)]).cpu().numpy()
+
+    def textbook_scores():
+        return torch.cat([SCORES["el2n"](out, batch) for batch, out in infer(model, split, plain)]).cpu().numpy()
+
+    wanted = textbook_scores()
+    with torch.autocast(split.tokens.device.type, torch.bfloat16):
+        got = {"textbook bf16": textbook_scores()}
     model.run_encoder = ours
-    got = {"fp32": score(model, split, "el2n", None), "bf16": score(model.bfloat16(), split, "el2n", None)}
+    got |= {"fp32": score(model, split, "el2n", None), "bf16": score(model.bfloat16(), split, "el2n", None)}
     return {
         precision: {
             "largest": float(np.abs(scores - wanted).max()), "99 %": float(np.quantile(np.abs(scores - wanted), 0.99)),
@@ -320,7 +327,7 @@ def table(result):
     lines.append(f"| padding | {', '.join(f'{name} {share:.1%}' for name, share in result['padding'].items())} |")
     lines.append(f"| losses of 20 fp32 steps | differ by up to about {result['loss difference']:.1e} of themselves |")
     for precision, difference in result["score difference"].items():
-        lines.append(f"| EL2N in {precision} | differs by up to about {difference['largest']:.1e}, for 99 % by up to "
+        lines.append(f"| EL2N, {precision} | differs by up to about {difference['largest']:.1e}, for 99 % by up to "
                      f"{difference['99 %']:.1e}; of the kept half, {difference['other kept']:.2%} are others |")
     for name, cost in result["pruning"].items():
         lines.append(f"| pruning, {name} | {cost['overhead']:.1%} of the time; {cost['saved']:.1%} saved, "
