@@ -92,15 +92,18 @@ def new_folder(args):
             with suppress(FileExistsError):
                 folder = out / (name + suffix)
                 folder.mkdir()
+                sync(out)
                 facts = {"folder": str(folder), "args": flags(args), "environment": environment(args.device)}
                 config = open(folder / "config.json.part", "x")  # noqa: SIM115 (it stays open)
                 lock(config)
                 json.dump(facts, config, indent=1)
                 config.flush()
+                args.folder = None if rank() else folder
                 publish(Path(config.name), folder / "config.json")
                 return folder, facts, config
     except OSError as error:
-        raise OSError(f"--out {out}: {error.strerror} ({error.filename}); name a folder that can be written") from None
+        where = error.filename or out
+        raise OSError(f"--out {out}: {error.strerror} ({where}); name a folder that can be written") from None
     raise OSError(f"--out {out}: too many runs named {name}")
 
 
@@ -132,11 +135,11 @@ def recorded(folder):
 def finished(folder):
     """The row of a run that is done, its model saved; else None."""
     row = recorded(folder)
-    return row if row and (row["args"]["no_model"] or (folder / "model").is_dir()) else None
+    return row if row and (row["args"].get("no_model") or (folder / "model").is_dir()) else None
 
 
 def reopen(args):
-    """The run that --resume means; auto: of those in --out with the same flags, the newest unfinished, or the newest.
+    """The run that --resume means; auto: of those in --out with the same flags, one that is finished, or the newest.
 
     Returns (folder, what is in its config.json, that file open: a lock) or None where a new run is to start; and the
     row of a run that needs nothing more, or None, in all processes. RunError where it cannot be gone on with.
@@ -145,9 +148,12 @@ def reopen(args):
     if args.resume == "auto":
         same = []
         for config in Path(args.out).glob("*/config.json"):
-            with suppress(RunError):  # something else
-                if read_config(config.parent)["args"] | {"out": args.out} == flags(args):
-                    same.append((finished(config.parent) is None, config.stat().st_mtime_ns, config.parent))
+            try:
+                wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
+                if read_config(config.parent)["args"] | wanted == flags(args):
+                    same.append((finished(config.parent) is not None, config.stat().st_mtime_ns, config.parent))
+            except RunError as error:
+                print(f"warning: {error}; passed over", file=sys.stderr)
         folder = max(same)[-1] if same else None
         if not folder:
             print(f"no run with these flags in {args.out}/ yet: a new one starts", flush=True)
@@ -158,8 +164,12 @@ def reopen(args):
         lock(config)
     except BlockingIOError:
         raise RunError(f"{folder}: in use by a run that is going on; wait for its end, or end it first") from None
-    if (folder / "model").is_dir() and not recorded(folder):
-        raise RunError(f"{folder}: has its model but no row in {folder.parent / 'results.jsonl'}; was that file moved?")
+    args.folder = None if rank() else folder
+    log = folder / "epochs.jsonl"  # a line is there before its checkpoint, but never two
+    epochs = log.read_bytes().count(b"\n") if log.exists() and not (folder / "checkpoint.pt").exists() else 0
+    if not recorded(folder) and (epochs > args.save_every or (folder / "model").is_dir()):
+        raise RunError(f"{folder}: has run, but has no row in {folder.parent / 'results.jsonl'} and no checkpoint; "
+                       "were they moved? Without --resume it starts anew, in another folder")
     done, here = finished(folder), environment(args.device)
     changed = [name for name in here if here[name] != facts["environment"].get(name)]
     if changed and not done:
@@ -181,27 +191,29 @@ def going_on(args):
 
 
 def check_space(folder, weights):
-    """OSError where the disk of `folder`, which need not exist, has no room for two checkpoints: in each, these weights
-    and two averages of them. The saved model takes less than one, and is written when there is only one."""
-    folder, size = Path(folder).absolute(), 6 * sum(weight.nbytes for weight in weights)
+    """OSError where the disk of `folder`, which need not exist, has no room for two checkpoints, or for another one: in
+    each, these weights and two averages of them."""
+    folder, there = Path(folder).absolute(), Path(folder) / "checkpoint.pt"
+    size = 6 * sum(weight.nbytes for weight in weights) - (there.stat().st_size if there.exists() else 0)
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < size and rank() == 0:
-        raise OSError(f"--out {folder}: {free / 1e6:.0f} MB are free on this disk, and two checkpoints take "
+        raise OSError(f"--out {folder}: {free / 1e6:.0f} MB are free on this disk, and checkpoints take "
                       f"{size / 1e6:.0f} MB; make room, or name another folder")
+
+
+def sync(path):
+    """Have a file, or the names in a folder, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def publish(part, path):
     """Give what was written under a temporary name, a file or a folder of files, its own when all is on the disk."""
-
-    def to_disk(name):
-        descriptor = os.open(name, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
     for file in part.iterdir() if part.is_dir() else [part]:
-        to_disk(file)
+        sync(file)
     os.replace(part, path)
-    to_disk(path.parent)  # the name, too
+    sync(path.parent)  # the name, too
 
 
 @contextmanager
@@ -233,6 +245,7 @@ def append_line(path, fields):
         if written != len(line):
             file.truncate(size)
             raise OSError(f"{path}: no space left for a whole line; none was added")
+        os.fsync(file.fileno())  # the checkpoint is removed after this
 
 
 def save_checkpoint(folder, state):
@@ -261,11 +274,11 @@ def load_checkpoint(folder, identity):
         state = converted(torch.load(io.BytesIO(raw[32:]), weights_only=True), torch.Tensor, torch.Tensor.numpy)
         other = [name for name in identity if state["identity"].get(name) != identity[name]]
     except Exception:  # whatever foreign bytes make torch.load raise; it would go on to advise weights_only=False
-        raise RunError(f"{path}: damaged, or no checkpoint of this program; without this file, --resume starts the run "
-                       "again") from None
+        raise RunError(f"{path}: damaged, or no checkpoint of this program; the run has to start anew, without "
+                       "--resume") from None
     if other:
-        raise RunError(f"{path}: of another run, with other {', '.join(other)}; without this file, --resume starts "
-                       "this run again")
+        raise RunError(f"{path}: of another run, with other {', '.join(other)}; this one has to start anew, without "
+                       "--resume")
     return from_first(state)
 
 

@@ -14,13 +14,17 @@ import argparse
 import os
 import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a traceback
+
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import report
-from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, load, load_tokenizer
+from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, default_folder, load, load_tokenizer
 from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
@@ -108,7 +112,7 @@ def parse(argv=None):
     """Flags to a namespace, checked. Exits with status 2 and one line where a value makes no sense. RunError where
     there is no run to resume."""
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(prog="train.py", description=__doc__,
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message} (see --help)\n")  # without the whole usage
     add = p.add_argument
@@ -157,6 +161,8 @@ def parse(argv=None):
     if args.dataset not in DATASETS:  # a folder of the user's: the same one from another folder, too
         check("dataset", os.path.isdir(args.dataset), f"one of {', '.join(DATASETS)}, or a folder of your own")
         args.dataset = os.path.abspath(args.dataset)
+    args.data_dir = os.path.abspath(args.data_dir or default_folder())
+    args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
     for flag in ("epochs", "full-epochs", "cycle", "batch-size", "save-every", "max-train"):
         value = getattr(args, flag.replace("-", "_"))
@@ -201,11 +207,10 @@ def run(args, start=None):
                            f"batch of {args.batch_size}; take more examples, or lower --batch-size")
         model = NLUModel.build(args.model, tokenizer, data, args.seed)
         limit_vocabulary(model, data)
-        report.check_space(args.out, model.parameters())
+        report.check_space(args.folder or args.out, model.parameters())
         model.to(args.device)
         data.to(args.device)
         folder, facts, _lock = resumed or report.new_folder(args)  # locked until this function ends
-    args.folder = folder if rank() == 0 else None
 
     schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
     log = train(model, data, schedule, args, clock, folder)
@@ -226,13 +231,15 @@ def run(args, start=None):
 
 def main(argv=None, start=None):
     """Exit status: 0 done, 2 bad input or a run that cannot go on, 130 interrupted, 143 terminated."""
-    args, status = None, 2
+    args, status, hint = None, 2, True
     try:
         args = parse(argv)
         with processes(args):
             run(args, start)
         return 0
-    except (DataError, ModelError, SelectionError, RunError, OSError) as error:  # OSError: a full disk, say
+    except (DataError, SelectionError, RunError) as error:
+        message, hint = f"error: {error}", False  # the same again would end in the same
+    except (ModelError, OSError) as error:  # a full disk, say
         message = f"error: {error}"
     except KeyboardInterrupt as error:
         message, status = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
@@ -243,12 +250,12 @@ def main(argv=None, start=None):
             message = f"error: lost another process of this run ({str(error).splitlines()[0]})"
         else:
             raise
-    print(f"train.py: {message}{report.going_on(args)}", file=sys.stderr)
+    print(f"train.py: {message}{report.going_on(args) if hint else ''}", file=sys.stderr)
     return status
 
 
 def terminated(number, _):
-    """SIGTERM ends a run as Ctrl-C does."""
+    """SIGTERM and Ctrl-C end a run alike."""
     raise KeyboardInterrupt(number)
 
 
@@ -256,4 +263,5 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show τ
     signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGINT, terminated)
     sys.exit(main(start=START))

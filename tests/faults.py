@@ -300,14 +300,21 @@ def foreign_checkpoint(lab):
     return len(flags), "refused in one line that says what differs"
 
 
+def await_checkpoint(out):
+    """Wait until a run in `out` has left one."""
+    deadline = time.monotonic() + SECONDS
+    while not list(out.glob("*/checkpoint.pt")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.002)
+
+
 def live_run(lab):
     """`--resume` of a run that is going on"""
     times = lab.times(1, 5)
     for _ in range(times):
         out = lab.out()
         first = lab.start(lambda out=out: train.main(lab.command(out, "--epochs", "100")))
-        while not list(out.glob("*/checkpoint.pt")):
-            time.sleep(0.01)
+        await_checkpoint(out)
         for command in (["--resume", str(only_folder(out))], lab.command(out, "--epochs", "100", "--resume", "auto")):
             status, errors = lab.wait(lab.start(lambda command=command: train.main(command)))
             assert status == 2 and "in use by a run that is going on" in errors[0], errors
@@ -334,8 +341,7 @@ def full_disk(lab):
     for _ in range(times):
         with small_disk(lab, "24m") as disk:
             pid = lab.start(lambda disk=disk: train.main(lab.command(disk / "runs")))
-            while not list(disk.glob("runs/*/checkpoint.pt")):
-                time.sleep(0.002)
+            await_checkpoint(disk / "runs")
             left = int(10 ** lab.rng.uniform(0, 6))
             with open(disk / "filler", "wb", buffering=0) as filler:
                 filler.write(bytes(max(0, shutil.disk_usage(disk).free - left)))
@@ -397,13 +403,13 @@ def quietly(function, *args):
 
 def mutated_inputs(lab):
     """Mutated datasets, checkpoints, model folders, configurations, result files"""
-    each = lab.times(60, 1200)
+    each = lab.times(30, 3000)
     counts = {}
 
     def go():
         torch.manual_seed(0)
         for name, subject in test_fuzz.subjects(lab.scratch / "fuzz", lab.model()).items():
-            n = each if name != "model folder" else each // 4
+            n = each if name != "model folder" else each // 8
             counts[name] = test_fuzz.fuzz(subject, n, np.random.default_rng([1, n]), lab.scratch / "fuzz" / name)
         (lab.scratch / "fuzz.json").write_text(json.dumps(counts))
         return 0
@@ -431,8 +437,7 @@ def dying_rank(lab):
     for i in range(times):
         out = lab.out()
         first_and_second = ranks(lab.command(out))
-        while not list(out.glob("*/checkpoint.pt")):
-            time.sleep(0.005)
+        await_checkpoint(out)
         dies = i % 2
         os.kill(first_and_second[1 - dies], signal.SIGKILL)
         lab.wait(first_and_second[1 - dies])
@@ -472,6 +477,9 @@ def main(argv=None):
                 print(error, file=sys.stderr)
             print(f"| {fault.__doc__} | {times} | {outcome} | {lost} |", flush=True)
             print(f"{fault.__name__}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+    here = report.environment("cpu")
+    changed = ", changed" if here["dirty"] else ""
+    print(f"\nCommit {here['git'] or 'unknown'}{changed}; {here['cpu']}, torch {here['torch']}.")
     return status
 
 

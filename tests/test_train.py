@@ -270,6 +270,14 @@ def test_a_short_run_on_real_data(run, raw):
     assert row["test"]["intent_acc"] > 60  # of seven intents, after 400 utterances
 
 
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
+    process = program("--out", tmp_path)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode != 0 and "Traceback" not in err
+
+
 # ---- the engine
 
 
