@@ -132,9 +132,8 @@ def recorded(folder):
     return next((row for row in rows if Path(str(row.get("folder"))).name == folder.name), None)
 
 
-def finished(folder):
-    """The row of a run that is done, its model saved; else None."""
-    row = recorded(folder)
+def finished(folder, row):
+    """The row of a run that is done, its model saved; else None. row: what `recorded` has of it."""
     return row if row and (row["args"].get("no_model") or (folder / "model").is_dir()) else None
 
 
@@ -151,7 +150,8 @@ def reopen(args):
             try:
                 wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
                 if read_config(config.parent)["args"] | wanted == flags(args):
-                    same.append((finished(config.parent) is not None, config.stat().st_mtime_ns, config.parent))
+                    done = finished(config.parent, recorded(config.parent)) is not None
+                    same.append((done, config.stat().st_mtime_ns, config.parent))
             except RunError as error:
                 print(f"warning: {error}; passed over", file=sys.stderr)
         folder = max(same)[-1] if same else None
@@ -167,10 +167,11 @@ def reopen(args):
     args.folder = None if rank() else folder
     log = folder / "epochs.jsonl"  # a line is there before its checkpoint, but never two
     epochs = log.read_bytes().count(b"\n") if log.exists() and not (folder / "checkpoint.pt").exists() else 0
-    if not recorded(folder) and (epochs > args.save_every or (folder / "model").is_dir()):
+    row = recorded(folder)
+    if not row and (epochs > args.save_every or (folder / "model").is_dir()):
         raise RunError(f"{folder}: has run, but has no row in {folder.parent / 'results.jsonl'} and no checkpoint; "
                        "were they moved? Without --resume it starts anew, in another folder")
-    done, here = finished(folder), environment(args.device)
+    done, here = finished(folder, row), environment(args.device)
     changed = [name for name in here if here[name] != facts["environment"].get(name)]
     if changed and not done:
         print(f"warning: {folder}: began in another environment ({', '.join(changed)}); what comes out may differ from "
