@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, BertModel, RobertaModel
 
-from data import IGNORE, LOST, Dataset, Examples, ModelError, add_up, encode, load_tokenizer, sorted_batches
+from data import IGNORE, LOST, Dataset, Examples, ModelError, encode, load_tokenizer, sorted_batches
 from data.encoding import one_line, pretrained
+from data.parallel import add_up
 
 
 def load_encoder(name):

@@ -23,9 +23,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import demo, from_first, rank
+from data import demo
 from data.encoding import one_line
-from data.parallel import lock
+from data.parallel import from_first, lock, rank
 
 CHECKOUT = Path(__file__).resolve().parent
 

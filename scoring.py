@@ -6,7 +6,8 @@ To add a score, write a function (outputs, batch) -> (B,) tensor and name it in 
 import numpy as np
 import torch
 
-from data import IGNORE, add_up, share, sorted_batches
+from data import IGNORE, sorted_batches
+from data.parallel import add_up, share
 from models import infer, losses
 
 

@@ -23,7 +23,7 @@ from .encoding import (
     number_names,
     sorted_batches,
 )
-from .parallel import add_up, from_first, rank, share
+from .parallel import rank
 from .readers import (
     COLA_HEADER,
     TRAIN_AND_DEV,
@@ -41,7 +41,7 @@ from .readers import (
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "add_up", "batches", "encode", "from_first", "load", "load_tokenizer", "rank", "share", "sorted_batches",
+    "batches", "encode", "load", "load_tokenizer", "sorted_batches",
 ]  # fmt: skip
 
 

@@ -22,10 +22,10 @@ from data import (
     encode,
     load,
     load_tokenizer,
-    share,
     sorted_batches,
 )
 from data.encoding import number_names
+from data.parallel import share
 
 # ---- batches
 
