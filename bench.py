@@ -173,7 +173,8 @@ def score_difference(model, split):
     with torch.autocast(split.tokens.device.type, torch.bfloat16):
         got = {"textbook bf16": textbook_scores()}
     model.run_encoder = ours
-    got |= {"fp32": score(model, split, "el2n", None), "bf16": score(model.bfloat16(), split, "el2n", None)}
+    got |= {"fp32": score(model, split, "el2n").cpu().numpy(),
+            "bf16": score(model.bfloat16(), split, "el2n").cpu().numpy()}
     return {
         precision: {
             "largest": float(np.abs(scores - wanted).max()), "99 %": float(np.quantile(np.abs(scores - wanted), 0.99)),
@@ -263,7 +264,7 @@ def measure(args):
         next(ours[best][0])
     result["score difference"] = score_difference(ours[best][2], data.train)
     result["loss difference"] = loss_difference(args, tokenizer, data)
-    scores = score(ours[best][2], data.train, "el2n", None)
+    scores = score(ours[best][2], data.train, "el2n").cpu().numpy()
 
     variants = {}
     for precision in precisions:
@@ -291,7 +292,8 @@ def measure(args):
     full, tokens = n / rates[f"engine {best} training"], lengths[select(scores, 0.5)].sum() / lengths.sum()
     result["pruning"] = {}
     for epochs, cycle in ((10, 2), (40, 4)):
-        rounds = Schedule(epochs, cycle, cycle, 0.5).rounds
+        schedule = Schedule(epochs, cycle, cycle, 0.5)
+        rounds = sum(map(schedule.prunes_at, range(epochs)))
         total = full * (cycle + tokens * (epochs - cycle)) + round_ * rounds
         result["pruning"][f"T = {cycle}, {epochs} epochs"] = {
             "overhead": round_ * rounds / total, "saved": 1 - total / (full * epochs),

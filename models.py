@@ -224,7 +224,7 @@ def predictions(model, split, tokens=None):
     lost (None without slots), both in dataset order."""
     labels = np.empty(len(split), dtype=np.int64)
     tags = None if split.word_tags is None else np.full((len(split), split.lengths.max() + 1), LOST)
-    for batch, (logits, tag_logits) in infer(model, split, sorted_batches(split, tokens)):
+    for batch, (logits, tag_logits) in infer(model, split, sorted_batches(split, tokens=tokens)):
         labels[batch.indices] = logits.argmax(-1).cpu()
         if tags is not None:
             tags[batch.indices, : batch.tokens.shape[1]] = tag_logits.argmax(-1).cpu()

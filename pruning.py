@@ -11,35 +11,40 @@ class SelectionError(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """τ epochs on everything; then every T epochs score all examples again and keep a share k for the next T.
+    """τ epochs on everything; then every T epochs select anew what the next T train on; F epochs on everything.
 
-    epochs: E. full_epochs: τ, 1 … E. cycle: T, at least 1. keep: k = 1 − ρ, the share kept, in (0, 1].
+    epochs: E. full_epochs: τ. cycle: T, at least 1. keep: k = 1 − ρ, the share kept, in (0, 1]; at 1 nothing is pruned.
+    full_end: F. static: select once, after τ epochs, and start again from the pretrained weights, for E epochs more.
     """
 
     epochs: int
     full_epochs: int
     cycle: int
     keep: float
-
-    def prunes_at(self, epoch):
-        """Whether to score and select before `epoch` (from 0). Never when the result would not be used."""
-        in_time = self.full_epochs <= epoch < self.epochs
-        return self.keep < 1 and in_time and (epoch - self.full_epochs) % self.cycle == 0
+    full_end: int = 0
+    static: bool = False
 
     @property
-    def rounds(self):
-        """r, the number of scoring rounds."""
-        return sum(self.prunes_at(epoch) for epoch in range(self.epochs))
+    def total(self):
+        """How many epochs there are in all: E, or τ + E."""
+        return self.epochs + self.full_epochs * (self.static and self.keep < 1)
 
-    def sizes(self, n):
-        """How many of n examples each epoch trains on: a list of E integers."""
-        pruned = self.epochs - self.full_epochs if self.keep < 1 else 0
-        return [n] * (self.epochs - pruned) + [kept_size(n, self.keep)] * pruned
+    def full_at(self, epoch):
+        """Whether `epoch` (from 0) trains on everything."""
+        return self.keep == 1 or not self.full_epochs <= epoch < self.total - self.full_end
 
-    def relative_time(self, s):
-        """The cost model: time against training on everything, (τ + k(E − τ) + s·r) / E,
-        where s is the time of one scoring pass over the time of one full epoch."""
-        return (self.full_epochs + self.keep * (self.epochs - self.full_epochs) + s * self.rounds) / self.epochs
+    def prunes_at(self, epoch):
+        """Whether to select before `epoch`. Never when the result would not be used."""
+        since = epoch - self.full_epochs
+        return not self.full_at(epoch) and (since == 0 if self.static else since % self.cycle == 0)
+
+    def restarts_at(self, epoch):
+        """Whether `epoch` begins with the pretrained weights again."""
+        return self.static and 0 < self.full_epochs == epoch and self.keep < 1
+
+    def progress(self, epoch):
+        """Which share of its epochs the training has behind it; epoch: whole ones and the share of the current one."""
+        return (epoch - (self.total - self.epochs) * (epoch >= self.full_epochs)) / self.epochs
 
 
 def kept_size(n, keep):
@@ -47,20 +52,79 @@ def kept_size(n, keep):
     return round(keep * n)
 
 
+def choose(importance, labels, args, rng):
+    """What to train on until the next selection, by the flags --method, --keep, --offset, --stratify, --class-floor.
+
+    importance: (N,) float; labels: (N,) int; rng: a numpy generator. Returns the kept indices, ascending, int64, and
+    the weight of each example in the loss, (N,) float32.
+    """
+    if args.method == "infobatch":
+        return soft_prune(importance, args.keep, rng)
+    if args.stratify:
+        kept = stratified(importance, args.keep, args.offset, rng)
+    else:
+        kept = select(importance, args.keep, args.offset)
+    return with_floor(kept, importance, labels, args.class_floor), np.ones(len(importance), np.float32)
+
+
+def ranked(scores, keep, offset):
+    """All examples by falling score, of equal ones the lower index first, without the round(offset·N) very highest
+    (suspected label errors); and how many of them make up a share `keep` of all: round(keep·N)."""
+    if not np.isfinite(scores).all():
+        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite")
+    size = kept_size(len(scores), keep)
+    if size < 1:
+        raise SelectionError(f"a share of {keep:g} of {len(scores)} examples is none")
+    first = min(round(offset * len(scores)), len(scores) - size)  # both may round up where offset + keep is 1
+    return np.argsort(-scores, kind="stable")[first:], size
+
+
 def select(scores, keep, offset=0.0):
-    """The examples to train on: the round(keep·N) highest scores after the round(offset·N) very highest are set aside
-    (suspected label errors). Of equal scores the lower index comes first.
+    """The examples to train on: the round(keep·N) highest scores after the round(offset·N) very highest are set aside.
+    Of equal scores the lower index comes first.
 
     scores: (N,) float. Returns indices, ascending, int64. SelectionError where a score is no finite number or nothing
     would be kept.
     """
+    order, size = ranked(scores, keep, offset)
+    return np.sort(order[:size])
+
+
+def stratified(scores, keep, offset, rng, bins=50):
+    """Coverage-centric selection (Zheng et al. 2023): as `select`, but from each of 50 equally wide ranges of scores
+    equally many, at random; what a range has too few of falls to the fuller ones."""
+    order, size = ranked(scores, keep, offset)
+    low, high = scores[order[-1]], scores[order[0]]
+    width = (high - low) / bins or 1.0
+    bin_of = np.minimum((scores[order] - low) // width, bins - 1)
+    groups = sorted((order[bin_of == i] for i in np.unique(bin_of)), key=len)
+    kept = []
+    for i, group in enumerate(groups):
+        kept.append(rng.permutation(group)[: (size - sum(map(len, kept))) // (len(groups) - i)])
+    return np.sort(np.concatenate(kept))
+
+
+def with_floor(kept, scores, labels, floor):
+    """As many examples as in `kept`, but of each class at least `floor`, or all that it has: its highest scores come
+    in (even those set aside by an offset) for the lowest of the classes that have more."""
+    order = np.lexsort((-scores, ~np.isin(np.arange(len(scores)), kept)))  # the kept ones first, by falling score
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    starts = np.r_[0, np.bincount(labels).cumsum()]
+    place = np.arange(len(scores)) - starts[labels[by_class]]  # from 0 within its class
+    safe = by_class[place < floor]
+    if len(safe) > len(kept):
+        raise SelectionError(f"{floor} examples of each class are {len(safe)} in all, more than the {len(kept)} to keep")
+    return np.sort(np.r_[safe, order[~np.isin(order, safe)]][: len(kept)])
+
+
+def soft_prune(scores, keep, rng):
+    """InfoBatch (Qin et al. 2024): of the examples whose score is below the mean, each is kept with probability `keep`
+    = 1 − r, and then weighs 1/(1 − r), so that the expected gradient is that of all. Returns as `choose`."""
     if not np.isfinite(scores).all():
         raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite")
-    size = kept_size(len(scores), keep)
-    first = min(round(offset * len(scores)), len(scores) - size)  # both may round up where offset + keep is 1
-    if size < 1:
-        raise SelectionError(f"a share of {keep:g} of {len(scores)} examples is none")
-    return np.sort(np.argsort(-scores, kind="stable")[first : first + size])
+    below = scores < scores.mean(dtype=float)
+    kept = ~below | (rng.random(len(scores)) < keep)
+    return np.flatnonzero(kept), np.where(below, 1 / keep, 1).astype(np.float32)
 
 
 class Smoother:

@@ -374,19 +374,24 @@ def environment(device):
 
 def totals(data, schedule, clock, log):
     """What a run cost and saw, from its clock and the log that `train` returned: the figures of its row."""
-    n, epochs = len(data.train), schedule.epochs
+    n, kept = len(data.train), [line["kept"] for line in log]
     seconds = dict(clock.seconds, total=sum(clock.seconds.get(phase, 0.0) for phase in ("train", "score", "select")))
-    full_epoch = float(np.median([line["seconds"]["train"] for line in log if line["kept"] == n]))
-    scoring_cost = seconds.get("score", 0.0) / max(schedule.rounds, 1) / full_epoch
+    rounds = sum(schedule.prunes_at(epoch) for epoch in range(len(log)))
+    # None where no epoch was full: there is nothing to estimate from
+    full = [line["seconds"]["train"] for line in log if line["kept"] == n]
+    full_epoch = float(np.median(full)) if full else None
+    scoring_cost = seconds.get("score", 0.0) / max(rounds, 1) / full_epoch if full else None
+    relative = (sum(kept) / n + scoring_cost * rounds) / schedule.epochs if full else None  # the cost model
     return {
         "rows": {name: len(split) for name, split in data.splits.items()}, "pairs": data.pairs,
         "seconds": {phase: round(s, 3) for phase, s in seconds.items()},
-        "steps": log[-1]["step"], "pruned_epochs": sum(line["kept"] < n for line in log),
-        "examples_seen": sum(line["kept"] for line in log), "examples_full": n * epochs,
-        "tokens_seen": sum(line["tokens"] for line in log), "tokens_full": int(data.train.lengths.sum()) * epochs,
-        "scoring_rounds": schedule.rounds, "scoring_cost": round(scoring_cost, 4),
-        "full_seconds": round(full_epoch * epochs, 3),  # estimated from the epochs that were full
-        "model_time": round(schedule.relative_time(scoring_cost), 4),
+        "steps": log[-1]["step"], "pruned_epochs": sum(size < n for size in kept),
+        "examples_seen": sum(kept), "examples_full": n * schedule.epochs,
+        "tokens_seen": sum(line["tokens"] for line in log),
+        "tokens_full": int(data.train.lengths.sum()) * schedule.epochs,
+        "scoring_rounds": rounds, "scoring_cost": full and round(scoring_cost, 4),
+        "full_seconds": full and round(full_epoch * schedule.epochs, 3),  # estimated from the epochs that were full
+        "model_time": full and round(relative, 4),
         "curve": [line["dev"] for line in log],
     }  # fmt: skip
 
@@ -424,7 +429,7 @@ def summary(row):
         f"({row['examples_seen'] / row['examples_full']:.1%}), {row['tokens_seen'] / row['tokens_full']:.1%} of the "
         f"tokens, in {row['steps']:,} steps",
     ]
-    if row["pruned_epochs"]:
+    if row["pruned_epochs"] and row["full_seconds"]:
         lines += [
             f"saved  {1 - seconds['total'] / row['full_seconds']:.1%} of an estimated {row['full_seconds']:.1f} s for "
             f"{args['epochs']} epochs on everything, at the pace of this run's {args['full_epochs']} full ones;",
@@ -469,7 +474,8 @@ def read_rows(paths):
 # Runs that differ in nothing but these flags are repetitions of one another.
 NOT_SETTINGS = {"seed", "out", "no_model", "data_dir", "save_every"}
 # A run on everything is the same whatever these are.
-PRUNING = {"method", "keep", "full_epochs", "cycle", "ema", "std_weight", "offset"}
+PRUNING = {"method", "keep", "full_epochs", "cycle", "full_end", "selection", "rescore", "ema", "std_weight", "offset",
+           "stratify", "class_floor"}
 
 
 def settings(row):

@@ -1,4 +1,5 @@
-"""How important is an example? Pure functions from a batch's outputs to one number an example, and the pass over all.
+"""How important is an example? Pure functions from a batch's outputs to one number an example, and where outputs come
+from: a pass over the examples, or their last training step.
 
 To add a score, write a function (outputs, batch) -> (B,) tensor and name it in SCORES; `--method` then takes it.
 """
@@ -8,7 +9,7 @@ import torch
 
 from data import IGNORE, sorted_batches
 from data.parallel import add_up, share
-from models import infer, losses
+from models import EmbeddingRows, infer, losses
 
 
 def el2n(outputs, batch):
@@ -35,18 +36,107 @@ def squared_error(logits, gold):
     return error.square().sum(-1) * counts
 
 
-SCORES = {"el2n": el2n, "loss": losses}
+def forgetting(outputs, batch, before):
+    """Forgetting events (Toneva et al. 2019): how often an example was right at one of its training steps and wrong at
+    its next; NEVER until it is first right. Right: intent and every tag. Less ½ while it is right, so that of equal
+    counts those wrong now come first.
 
-
-def score(model, split, method, rng, tokens=None):
-    """Score every example of `split` with the current model, dropout off. Returns (N,) float32 in dataset order.
-
-    method: a key of SCORES, or "random": scores that know nothing, drawn from the numpy generator `rng`.
-    tokens: most tokens a batch, as in sorted_batches. Several processes share the batches; all get all scores.
+    before: (B,) its score before this step, from which the events go on being counted.
     """
-    if method == "random":
-        return rng.random(len(split), dtype=np.float32)
+    logits, tag_logits = outputs
+    right = logits.argmax(-1) == batch.labels
+    if tag_logits is not None:
+        right &= ((tag_logits.argmax(-1) == batch.tags) | (batch.tags == IGNORE)).all(1)
+    was_right = before.frac() != 0
+    events = torch.where(was_right, before + 0.5, before)
+    return torch.where(right, torch.where(before == NEVER, 0, events) - 0.5, events + was_right)
+
+
+NEVER = 2.0**16  # above any number of events
+
+
+def gradient_norm(model, batch):
+    """GraNd (Paul et al. 2021) of a batch of one: ‖∇ loss‖₂ over all weights, with the model as it is, in fp32. ()"""
+    losses(model(batch), batch).sum().backward()
+    squared = 0.0
+    for module in model.modules():
+        if isinstance(module, EmbeddingRows) and module.looked_up:  # the sum of what each row's tokens ask for
+            (rows, vectors), = module.looked_up
+            _, row = rows.unique(return_inverse=True)
+            gradient = vectors.grad.flatten(0, 1).float()
+            squared = squared + torch.zeros_like(gradient).index_add_(0, row, gradient).square().sum()
+            module.looked_up.clear()
+    for weight in model.parameters():
+        if weight.grad is not None:
+            squared = squared + weight.grad.float().square().sum()
+            weight.grad = None
+    return squared.sqrt()
+
+
+SCORES = {"el2n": el2n, "loss": losses, "forgetting": forgetting, "infobatch": losses}
+METHODS = ["full", "random", *SCORES, "grand"]
+WATCHED = ("forgetting", "infobatch")  # known from the training pass alone
+
+
+def score(model, split, method, indices=None, tokens=None):
+    """Score the examples `indices` of `split` (None: all) with the current model, dropout off. Returns (N,) fp32, on
+    the device of the split, 0 where nothing was scored.
+
+    method: "el2n", "loss", any other score of a batch's outputs, or "grand", which costs a backward pass of its own for
+    each example. tokens: most tokens a batch, as in sorted_batches. Several processes share the batches; all get all.
+    """
     scores = torch.zeros(len(split), device=split.tokens.device)
-    for batch, outputs in infer(model, split, share(sorted_batches(split, tokens))):
-        scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)
-    return add_up(scores).cpu().numpy()
+    cut = share(sorted_batches(split, indices, tokens))
+    if method == "grand":
+        training = model.training
+        model.eval()
+        for i in np.concatenate([*cut, np.empty(0, int)]):
+            scores[i] = gradient_norm(model, split.batch(np.array([i])))
+        model.train(training)
+    else:
+        for batch, outputs in infer(model, split, cut):
+            scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)
+    return add_up(scores)
+
+
+class Scorer:
+    """The newest score of every example of a split.
+
+    rescore: which examples a pass goes over when scores are asked for: "all"; those "untrained" in the last epoch; or
+    "none". The others' are from their last training step: for next to nothing, but with dropout on, and of a model up
+    to an epoch younger.
+    """
+
+    def __init__(self, split, method, rescore):
+        self.split, self.method, self.rescore = split, method, rescore
+        self.scores = torch.full((len(split),), NEVER, device=split.tokens.device)
+        self.watched = torch.zeros_like(self.scores)  # 1 where this process has trained on it since `gather`
+
+    @torch.no_grad()
+    def watch(self, outputs, batch):
+        """Take the scores of a training step's examples from its outputs."""
+        if self.method in SCORES and self.rescore != "all":
+            rows = torch.as_tensor(batch.indices, device=self.scores.device)
+            before = (self.scores[rows],) if self.method == "forgetting" else ()
+            self.scores[rows] = SCORES[self.method](outputs, batch, *before).float()
+            self.watched[rows] = 1
+
+    def gather(self):
+        """At the end of an epoch: have in all processes what each has watched."""
+        scores = add_up(self.scores * self.watched)
+        self.scores = torch.where(add_up(self.watched) > 0, scores, self.scores)
+        self.watched.zero_()
+
+    def __call__(self, model, trained, rng):
+        """(N,) float32 in dataset order. trained: indices of the last epoch's examples. rng: a numpy generator, for
+        "random" (scores that know nothing) and for the order of those that were forgotten equally often."""
+        n = len(self.split)
+        if self.method == "random":
+            return rng.random(n, dtype=np.float32)
+        if self.rescore != "none":
+            stale = np.arange(n) if self.rescore == "all" else np.setdiff1d(np.arange(n), trained)
+            fresh = score(model, self.split, self.method, stale)
+            rows = torch.as_tensor(stale, device=fresh.device)
+            self.scores[rows] = fresh[rows]
+        scores = self.scores.cpu().numpy().copy()
+        return scores + rng.random(n, dtype=np.float32) / 2 if self.method == "forgetting" else scores

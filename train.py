@@ -14,6 +14,7 @@ import argparse
 import os
 import signal
 import sys
+from copy import deepcopy
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a traceback
@@ -28,54 +29,65 @@ from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, defaul
 from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
-from pruning import Schedule, SelectionError, Smoother, kept_size, select
+from pruning import Schedule, SelectionError, Smoother, choose, kept_size
 from report import RunError
-from scoring import SCORES, score
+from scoring import METHODS, WATCHED, Scorer
 
 
 def train(model, data, schedule, args, clock, folder):
     """Fine-tune `model` in place and log every epoch to `folder`, from its checkpoint on if it has one. Returns the
     log, a list of dicts."""
     n, lengths = len(data.train), data.train.lengths
-    smooth = Smoother(args.ema, args.std_weight)
-    steps = sum(-(-size // args.batch_size) for size in schedule.sizes(n))
-    step, kept, log = 0, np.arange(n), []
+    labels, everything, equal = data.train.labels.cpu().numpy(), np.arange(n), torch.ones(n, device=args.device)
+    scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema, args.std_weight)
+    step, kept, weights, log = 0, everything, equal, []
     with clock("load"):
         optimizer = FlatAdamW(model, args.precision, args.clip)
+        pretrained = deepcopy(optimizer.state()) if schedule.static else None
         identity = report.identity(args, data, optimizer.weights)
         if state := report.load_checkpoint(folder, identity):
             step, kept, log = state["step"], state["kept"], state["log"]
+            weights, scorer.scores = (torch.as_tensor(state[name], device=args.device) for name in ("weights", "scores"))
             optimizer.load(state["optimizer"])
             vars(smooth).update(state["smooth"])
             clock.add(state["seconds"])
         report.opening(args, data, folder, log)
     clock.lap()
 
-    for epoch in range(len(log), args.epochs):
+    for epoch in range(len(log), schedule.total):
         # All chance comes from (seed, epoch): no epoch depends on how many numbers an earlier one drew.
         rng = np.random.default_rng([args.seed, epoch])
         torch.manual_seed(int(rng.integers(2**62)) + rank())
 
         if schedule.prunes_at(epoch):
             with clock("score"):
-                scores = score(model, data.train, args.method, rng)
+                scores = scorer(model, kept, rng)
             with clock("select"):
                 importance = smooth(scores)
-                kept = select(importance, args.keep, args.offset)
+                kept, weights = choose(importance, labels, args, rng)
+                weights = torch.as_tensor(weights, device=args.device)
                 report.save_round(folder, epoch + 1, scores, importance, kept)  # on the clock, as only pruning needs it
+        elif schedule.full_at(epoch):
+            kept, weights = everything, equal
+        if schedule.restarts_at(epoch):
+            optimizer.load(pretrained)
 
         model.train()
         loss_sum = torch.zeros((), device=args.device)
         good = torch.tensor(step, device=args.device)  # steps up to the first whose loss is no finite number
-        with clock("train"), report.progress(epoch, args.epochs, len(kept), n) as bar:
-            for indices in batches(lengths, kept, args.batch_size, rng):
+        with clock("train"), report.progress(epoch, schedule.total, len(kept), n) as bar:
+            cut = batches(lengths, kept, args.batch_size, rng)
+            for i, indices in enumerate(cut):
                 mine = share(indices)  # all of them, unless torchrun started several processes
                 if len(mine):
                     batch = data.train.batch(mine)
-                    loss = losses(model(batch), batch)
-                    (loss.sum() / len(indices)).backward()
+                    outputs = model(batch)
+                    loss = losses(outputs, batch)
+                    (loss @ weights[mine] / len(indices)).backward()
+                    scorer.watch(outputs, batch)
                     loss_sum += loss.detach().sum()
-                optimizer.step(args.lr * (1 - step / steps) if args.schedule == "linear" else args.lr)
+                done = schedule.progress(epoch + i / len(cut))
+                optimizer.step(args.lr * (1 - done) if args.schedule == "linear" else args.lr)
                 step += 1
                 good += loss_sum.isfinite()
                 redrawn = bar.update(len(indices))  # first process only
@@ -83,6 +95,7 @@ def train(model, data, schedule, args, clock, folder):
                     bar.set_postfix(loss=f"{loss.mean().item():.3f}", refresh=False)
                 if redrawn or args.device == "cpu":  # elsewhere, item() waits for the device
                     check_finite(loss_sum, good, step, epoch)
+            scorer.gather()
             mean_loss = add_up(loss_sum).item() / len(kept)
             # The last step's loss is that before its update: a blow-up there shows in the weights only.
             check_finite(loss_sum + 0 * optimizer.master.sum(), good, step, epoch)
@@ -91,10 +104,11 @@ def train(model, data, schedule, args, clock, folder):
             dev = evaluate(data, data.evaluation["dev"], *predictions(model, data.evaluation["dev"]))
         log.append({"epoch": epoch + 1, "kept": len(kept), "tokens": int(lengths[kept].sum()), "step": step,
                     "loss": mean_loss, "dev": dev, "seconds": clock.lap()})
-        report.log_epoch(folder, log[-1], args.epochs, n)
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+        report.log_epoch(folder, log[-1], schedule.total, n)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == schedule.total:
             with clock("save"):
                 report.save_checkpoint(folder, {"identity": identity, "step": step, "kept": kept, "log": log,
+                                                "weights": weights.cpu().numpy(), "scores": scorer.scores.cpu().numpy(),
                                                 "smooth": vars(smooth), "optimizer": optimizer.state(),
                                                 "seconds": clock.seconds})
     optimizer.restore()
@@ -121,16 +135,26 @@ def parse(argv=None):
     add("--data-dir", metavar="DIR", help="folder of the raw datasets ($DATA_DIR, or data/raw)")
     add("--model", default=DEFAULT_MODEL, metavar="ID",
         help="Hugging Face hub id or local folder (%(default)s, a copy of which requirements.txt installs)")
-    add("--method", default="el2n", choices=["full", "random", *SCORES],
+    add("--method", default="el2n", choices=METHODS,
         help="the score that decides what is kept: %(choices)s; full keeps everything (el2n)")
-    add("--keep", type=float, default=0.5, metavar="k", help="k = 1 - ρ: share of train examples kept, in (0, 1] (0.5)")
+    add("--keep", type=float, default=0.5, metavar="k",
+        help="k = 1 - ρ: share of train examples kept, in (0, 1]; infobatch: of those with a loss below the mean (0.5)")
     add("--epochs", type=int, default=10, metavar="E", help="E: epochs in all (10)")
-    add("--full-epochs", type=int, default=2, metavar="τ", help="τ: epochs on everything before the first scoring (2)")
-    add("--cycle", type=int, default=2, metavar="T", help="T: epochs from one scoring to the next (2)")
-    add("--ema", type=float, default=0.8, metavar="α",
+    add("--full-epochs", type=int, metavar="τ",
+        help="τ: epochs on everything before the first selection (2; infobatch: 1)")
+    add("--cycle", type=int, metavar="T", help="T: epochs from one selection to the next (2; infobatch: 1)")
+    add("--full-end", type=int, metavar="F", help="F: last epochs, on everything again (0; infobatch: an eighth of E)")
+    add("--selection", default="dynamic", choices=["dynamic", "static"],
+        help="dynamic: every T epochs anew; static: once, after τ epochs, to train E epochs from the start (dynamic)")
+    add("--rescore", choices=["all", "untrained", "none"],
+        help="examples that selection makes a scoring pass for: all; those not trained on in the last epoch; none. The "
+        "others' scores are from their last training step (untrained; grand: all)")
+    add("--ema", type=float, metavar="α",
         help="α: weight of the newest score in the moving average over rounds, in (0, 1]; 1 is no smoothing (0.8)")
-    add("--std-weight", type=float, default=1.0, metavar="c", help="c: weight of the scores' deviation over rounds (1)")
+    add("--std-weight", type=float, metavar="c", help="c: weight of the scores' deviation over rounds (1)")
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
+    add("--stratify", action="store_true", help="keep equally many from each of 50 ranges of scores, at random")
+    add("--class-floor", type=int, default=0, metavar="N", help="keep at least N examples of each label (0)")
     add("--lr", type=float, default=2e-4, help="learning rate at the start (2e-4)")
     add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: linear ends at 0 (linear)")
     add("--clip", type=float, default=1.0, metavar="NORM", help="largest norm of the mean loss's gradient (1)")
@@ -163,8 +187,10 @@ def parse(argv=None):
         args.dataset = os.path.abspath(args.dataset)
     args.data_dir = os.path.abspath(args.data_dir or default_folder())
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
+    for flag, value in own_defaults(args).items():  # a method's, where the user says nothing
+        setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
-    for flag in ("epochs", "full-epochs", "cycle", "batch-size", "save-every", "max-train"):
+    for flag in ("epochs", "cycle", "batch-size", "save-every", "max-train"):
         value = getattr(args, flag.replace("-", "_"))
         check(flag, value is None or value >= 1, "at least 1")
     check("ema", 0 < args.ema <= 1, "above 0 and at most 1")
@@ -175,10 +201,15 @@ def parse(argv=None):
     check("seed", 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")
     if args.method == "full":
         args.keep, args.offset = 1.0, 0.0
-    if args.method == "random":
-        args.ema, args.std_weight = 1.0, 0.0  # an average of draws would favour the examples of earlier rounds
-    check("full-epochs", args.keep == 1 or args.full_epochs < args.epochs,
-          f"below --epochs {args.epochs}, or nothing is ever pruned")
+    known = args.method == "random" or args.method == "full"  # without training
+    check("full-epochs", args.full_epochs >= (0 if known else 1), "at least 1: an untrained model scores nothing")
+    check("full-end", args.full_end >= 0, "at least 0")
+    check("class-floor", args.class_floor >= 0, "at least 0")
+    check("full-epochs", args.keep == 1 or args.full_epochs + args.full_end < args.epochs,
+          f"below --epochs {args.epochs} less --full-end {args.full_end}, or nothing is ever pruned")
+    check("rescore", args.rescore == "none" or args.method not in WATCHED, "none: it is known from training alone")
+    check("rescore", args.rescore == "all" or args.method not in ("grand", "random"), "all")
+    check("selection", args.selection == "dynamic" or args.method != "infobatch", "dynamic with infobatch")
     check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -187,6 +218,20 @@ def parse(argv=None):
         p.error(f"--device {args.device}: not to be had here: {str(error).splitlines()[0]}")
     args.precision = args.precision if args.precision != "auto" else "bf16" if report.has_bf16(args.device) else "fp32"
     return args
+
+
+def own_defaults(args):
+    """What --method makes of flags that are not given."""
+    flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
+    if args.method == "random":  # an average of draws would favour the examples of earlier rounds
+        flags |= {"ema": 1.0, "std_weight": 0.0, "rescore": "all", "full_epochs": 2 * (args.selection == "dynamic")}
+    if args.method in WATCHED:
+        flags |= {"rescore": "none", "ema": 1.0, "std_weight": 0.0}
+    if args.method == "infobatch":
+        flags |= {"full_epochs": 1, "cycle": 1, "full_end": args.epochs // 8}
+    if args.method == "grand":
+        flags |= {"rescore": "all"}
+    return flags
 
 
 def run(args, start=None):
@@ -212,7 +257,8 @@ def run(args, start=None):
         data.to(args.device)
         folder, facts, _lock = resumed or report.new_folder(args)  # locked until this function ends
 
-    schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep)
+    schedule = Schedule(args.epochs, args.full_epochs, args.cycle, args.keep, args.full_end,
+                        args.selection == "static")
     log = train(model, data, schedule, args, clock, folder)
     row = report.recorded(folder)
     if not row:  # else the run was killed between this and the next line

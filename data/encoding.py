@@ -134,14 +134,15 @@ def batches(lengths, indices, batch_size, rng, window=50):
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def sorted_batches(split, tokens=None):
-    """Cut all examples of a split into batches for inference, longest first: too much for the memory shows at once.
+def sorted_batches(split, indices=None, tokens=None):
+    """Cut examples of a split into batches for inference, longest first: too much for the memory shows at once.
 
-    tokens: most tokens a batch, padding included; by default what a CPU's cache can hold, or what keeps a GPU busy.
+    indices: which ones, an integer array; None: all. tokens: most tokens a batch, padding included; by default what a CPU's cache can hold, or what keeps a GPU busy.
     Returns a list of index arrays; an example longer than `tokens` is a batch of its own.
     """
     tokens = tokens or (2**12 if split.tokens.device.type == "cpu" else 2**16)
-    order, cut, start = np.argsort(-split.lengths, kind="stable"), [], 0
+    indices = np.arange(len(split)) if indices is None else indices
+    order, cut, start = indices[np.argsort(-split.lengths[indices], kind="stable")], [], 0
     while start < len(order):
         size = max(1, tokens // split.lengths[order[start]])
         size -= size % 16 if size > 16 else 0  # matrix units work on 16 rows at a time
