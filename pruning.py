@@ -97,7 +97,7 @@ def stratified(scores, keep, offset, rng, bins=50):
     low, high = scores[order[-1]], scores[order[0]]
     width = (high - low) / bins or 1.0
     bin_of = np.minimum((scores[order] - low) // width, bins - 1)
-    groups = sorted((order[bin_of == i] for i in np.unique(bin_of)), key=len)
+    groups = sorted((order[bin_of == i] for i in rng.permutation(np.unique(bin_of))), key=len)
     kept = []
     for i, group in enumerate(groups):
         kept.append(rng.permutation(group)[: (size - sum(map(len, kept))) // (len(groups) - i)])
@@ -113,7 +113,7 @@ def with_floor(kept, scores, labels, floor):
     place = np.arange(len(scores)) - starts[labels[by_class]]  # from 0 within its class
     safe = by_class[place < floor]
     if len(safe) > len(kept):
-        raise SelectionError(f"{floor} examples of each class are {len(safe)} in all, more than the {len(kept)} to keep")
+        raise SelectionError(f"{floor} examples a class are {len(safe)} in all, more than the {len(kept)} to keep")
     return np.sort(np.r_[safe, order[~np.isin(order, safe)]][: len(kept)])
 
 

@@ -47,7 +47,8 @@ def train(model, data, schedule, args, clock, folder):
         identity = report.identity(args, data, optimizer.weights)
         if state := report.load_checkpoint(folder, identity):
             step, kept, log = state["step"], state["kept"], state["log"]
-            weights, scorer.scores = (torch.as_tensor(state[name], device=args.device) for name in ("weights", "scores"))
+            weights = torch.as_tensor(state["weights"], device=args.device)
+            scorer.scores = torch.as_tensor(state["scores"], device=args.device)
             optimizer.load(state["optimizer"])
             vars(smooth).update(state["smooth"])
             clock.add(state["seconds"])
@@ -201,15 +202,17 @@ def parse(argv=None):
     check("seed", 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")
     if args.method == "full":
         args.keep, args.offset = 1.0, 0.0
-    known = args.method == "random" or args.method == "full"  # without training
-    check("full-epochs", args.full_epochs >= (0 if known else 1), "at least 1: an untrained model scores nothing")
+    least = 0 if args.method == "random" else 1
+    check("full-epochs", args.full_epochs >= least, f"at least {least}")
     check("full-end", args.full_end >= 0, "at least 0")
     check("class-floor", args.class_floor >= 0, "at least 0")
     check("full-epochs", args.keep == 1 or args.full_epochs + args.full_end < args.epochs,
           f"below --epochs {args.epochs} less --full-end {args.full_end}, or nothing is ever pruned")
     check("rescore", args.rescore == "none" or args.method not in WATCHED, "none: it is known from training alone")
     check("rescore", args.rescore == "all" or args.method not in ("grand", "random"), "all")
-    check("selection", args.selection == "dynamic" or args.method != "infobatch", "dynamic with infobatch")
+    for flag in ("selection", "stratify", "class-floor", "offset"):
+        usual = getattr(args, flag.replace("-", "_")) == p.get_default(flag.replace("-", "_"))
+        check(flag, usual or args.method != "infobatch", "left out with infobatch, which has a rule of its own")
     check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:

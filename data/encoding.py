@@ -137,7 +137,8 @@ def batches(lengths, indices, batch_size, rng, window=50):
 def sorted_batches(split, indices=None, tokens=None):
     """Cut examples of a split into batches for inference, longest first: too much for the memory shows at once.
 
-    indices: which ones, an integer array; None: all. tokens: most tokens a batch, padding included; by default what a CPU's cache can hold, or what keeps a GPU busy.
+    indices: which ones, an integer array; None: all. tokens: most tokens a batch, padding included; by default what a
+    CPU's cache can hold, or what keeps a GPU busy.
     Returns a list of index arrays; an example longer than `tokens` is a batch of its own.
     """
     tokens = tokens or (2**12 if split.tokens.device.type == "cpu" else 2**16)

@@ -112,7 +112,9 @@ def test_the_learning_rate_falls_to_zero_over_the_pruned_schedule(run, monkeypat
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
     row, _ = run("--schedule", schedule, "--lr", "1e-3")
     assert len(rates) == row["steps"]
-    falling = 1e-3 * (1 - np.arange(len(rates)) / len(rates))
+    sizes = [50, 25, 25, 25]  # steps of each epoch: of 400 examples, and of half of them
+    done = np.concatenate([(epoch + np.arange(size) / size) / 4 for epoch, size in enumerate(sizes)])
+    falling = 1e-3 * (1 - done)
     np.testing.assert_allclose(rates, falling if schedule == "linear" else 1e-3)
 
 
@@ -130,6 +132,67 @@ def test_random_keeps_exactly_as_many_and_draws_anew(run):
     assert [scored["keep"].sum() for scored in rounds] == [100, 100, 100]
     assert len({scored["keep"].tobytes() for scored in rounds}) == 3
     assert all(np.array_equal(scored["scores"], scored["importance"]) for scored in rounds)  # nothing to smooth
+
+
+@pytest.mark.parametrize("flags", [("--method", "forgetting"), ("--method", "infobatch"), ("--method", "grand"),
+                                   ("--method", "loss", "--stratify"), ("--selection", "static"),
+                                   ("--rescore", "all"), ("--rescore", "none"), ("--class-floor", 3)])
+def test_every_method_runs_and_counts_what_it_did(run, flags):
+    row, folder = run("--keep", 0.5, *flags)
+    rounds = read_rounds(folder)
+    sizes = [json.loads(line)["kept"] for line in (folder / "epochs.jsonl").read_text().splitlines()]
+    assert row["examples_seen"] == sum(sizes) and row["scoring_rounds"] == len(rounds) > 0
+    assert all(scored["keep"].sum() in sizes for scored in rounds.values())
+    if "infobatch" not in flags:
+        assert set(sizes) == {400, 200}
+    assert row["args"]["rescore"] == {"forgetting": "none", "infobatch": "none", "grand": "all"}.get(
+        flags[1], flags[1] if flags[0] == "--rescore" else "untrained")
+
+
+def test_infobatch_keeps_all_above_the_mean_and_ends_on_everything(run):
+    _, folder = run("--method", "infobatch", "--epochs", 8, "--keep", 0.4)
+    rounds = read_rounds(folder)
+    sizes = [json.loads(line)["kept"] for line in (folder / "epochs.jsonl").read_text().splitlines()]
+    assert list(rounds) == [f"epoch-{epoch:03}.npz" for epoch in range(2, 8)]
+    assert sizes[0] == sizes[-1] == 400 and max(sizes[1:-1]) < 400
+    for scored in rounds.values():
+        above = scored["scores"] >= scored["scores"].mean(dtype=float)
+        assert scored["keep"][above].all() and 0 < scored["keep"][~above].mean() < 1
+
+
+def test_weights_of_examples_reach_the_gradient(run, monkeypatch):
+    """Examples that weigh nothing leave the weights as they are, from the first selection on."""
+    seen, step = [], FlatAdamW.step
+
+    def watched_step(optimizer, lr):
+        step(optimizer, lr)
+        seen.append(optimizer.master.grad.count_nonzero().item())
+
+    monkeypatch.setattr(FlatAdamW, "step", watched_step)
+    monkeypatch.setattr(train, "choose", lambda importance, *_: (np.arange(64), np.zeros(400, np.float32)))
+    run("--epochs", 2)
+    assert min(seen[:50]) > 0 and seen[50:] == [0] * 8
+
+
+def test_static_selection_trains_from_the_pretrained_weights_again(run, tiny, tokenizer, monkeypatch):
+    states, load = [], FlatAdamW.load
+
+    def watched_load(optimizer, state):
+        states.append(optimizer.master.clone())
+        load(optimizer, state)
+        states.append(optimizer.master.clone())
+        assert not optimizer.adam.state[optimizer.master]  # no averages of gradients from before
+
+    monkeypatch.setattr(FlatAdamW, "load", watched_load)
+    row, folder = run("--selection", "static", "--keep", 0.5)
+    trained, again = states
+    assert not torch.equal(trained, again)
+    monkeypatch.undo()
+    data = train.load("demo", tokenizer, max_train=400)
+    fresh = NLUModel.build(tiny, tokenizer, data, seed=0)
+    limit_vocabulary(fresh, data)
+    assert torch.equal(FlatAdamW(fresh, "fp32", 1.0).master, again)
+    assert list(read_rounds(folder)) == ["epoch-002.npz"] and len(row["curve"]) == 5
 
 
 def test_dev_and_test_do_not_touch_training(run, monkeypatch):
@@ -153,7 +216,7 @@ def test_runs_of_the_same_second_do_not_share_a_folder(tmp_path, monkeypatch):
 
 
 def test_scores_that_are_no_numbers_stop_the_run(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "score", lambda model, split, *_: np.full(len(split), np.nan))
+    monkeypatch.setattr(train.Scorer, "__call__", lambda scorer, *_: np.full(len(scorer.split), np.nan))
     assert train.main(["--model", tiny, "--max-train", "100", "--epochs", "2", "--full-epochs", "1", "--out",
                        str(tmp_path)]) == 2
     assert "100 of 100 scores are NaN" in capsys.readouterr().err
@@ -177,6 +240,14 @@ BAD_FLAGS = {
     "--epochs 0": "--epochs 0: must be at least 1",
     "--full-epochs 0": "--full-epochs 0: must be at least 1",
     "--full-epochs 10": "--full-epochs 10: must be below --epochs 10",
+    "--full-epochs 5 --full-end 5": "--full-epochs 5: must be below --epochs 10 less --full-end 5",
+    "--full-end -1": "--full-end -1: must be at least 0",
+    "--class-floor -1": "--class-floor -1: must be at least 0",
+    "--method forgetting --rescore all": "--rescore all: must be none",
+    "--method grand --rescore untrained": "--rescore untrained: must be all",
+    "--method infobatch --selection static": "--selection static: must be left out with infobatch",
+    "--method infobatch --stratify": "--stratify True: must be left out",
+    "--method random --full-epochs -1": "--full-epochs -1: must be at least 0",
     "--cycle 0": "--cycle 0: must be at least 1",
     "--batch-size 0": "--batch-size 0: must be at least 1",
     "--offset 0.6": "at most 1 - keep = 0.5",
