@@ -1,6 +1,8 @@
-"""What runs leave and what they show: times, log lines, scores, checkpoints, the closing summary, the table over many.
+"""What runs leave and what they show: times, log lines, scores, checkpoints, the closing summary; and over many runs,
+tables and pictures.
 
-    python report.py runs/results.jsonl
+    python report.py runs/results.jsonl              the table; with --to DIR, a page and the picture, too
+    python report.py runs/<folder of a run>          the examples with the highest scores: likely label errors
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import demo
+from data import DataError, demo, read
 from data.encoding import one_line
 from data.parallel import from_first, lock, rank
 
@@ -138,20 +141,25 @@ def finished(folder, row):
 
 
 def reopen(args):
-    """The run that --resume means; auto: of those in --out with the same flags, one that is finished, or the newest.
+    """The run that --resume means; auto: of those in --out with the same flags, one that has its row in results.jsonl,
+    or the newest.
 
     Returns (folder, what is in its config.json, that file open: a lock) or None where a new run is to start; and the
     row of a run that needs nothing more, or None, in all processes. RunError where it cannot be gone on with.
     """
-    folder = Path(args.resume) if args.resume else None
+    folder, out = Path(args.resume) if args.resume else None, Path(args.out)
     if args.resume == "auto":
+        wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
+        done = [row for row in (read_rows([out / "results.jsonl"]) if (out / "results.jsonl").exists() else [])
+                if row["args"] | wanted == flags(args) and finished(out / Path(row["folder"]).name, row)]  # fmt: skip
+        if done:
+            remove_checkpoints(out / Path(done[0]["folder"]).name)  # where it was killed just before it would have
+            return None, from_first(done[0])
         same = []
-        for config in Path(args.out).glob("*/config.json"):
+        for config in out.glob("*/config.json"):
             try:
-                wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
                 if read_config(config.parent)["args"] | wanted == flags(args):
-                    done = finished(config.parent, recorded(config.parent)) is not None
-                    same.append((done, config.stat().st_mtime_ns, config.parent))
+                    same.append((config.stat().st_mtime_ns, config.parent))
             except RunError as error:
                 print(f"warning: {error}; passed over", file=sys.stderr)
         folder = max(same)[-1] if same else None
@@ -471,11 +479,15 @@ def read_rows(paths):
     return rows
 
 
+# ---- tables and pictures over many runs
+
 # Runs that differ in nothing but these flags are repetitions of one another.
 NOT_SETTINGS = {"seed", "out", "no_model", "data_dir", "save_every"}
 # A run on everything is the same whatever these are.
 PRUNING = {"method", "keep", "full_epochs", "cycle", "full_end", "selection", "rescore", "ema", "std_weight", "offset",
-           "stratify", "class_floor"}
+           "stratify", "class_floor"}  # fmt: skip
+# What runs must share for one to be the other's reference; in other flags it may differ, its number of epochs included.
+TASK = ("dataset", "model", "max_length", "max_train", "seed")
 
 
 def settings(row):
@@ -491,73 +503,353 @@ def platform_of(row):
             environment.get("processes", 1))
 
 
-def baseline(row):
-    """A key that a run shares with the full-data runs it may be compared with."""
-    flags = {flag: value for flag, value in settings(row).items() if flag not in PRUNING}
-    return platform_of(row), json.dumps(flags, sort_keys=True), row["args"]["seed"], tuple(reported(row))
+def task_of(row):
+    """What a run shares with those on full data that it may be compared with."""
+    return platform_of(row), tuple(row["args"].get(flag) for flag in TASK), tuple(reported(row))
 
 
-def mean_and_deviation(values, digits=2):
+def main_metric(row):
+    """Name of the metric by which methods are compared."""
+    return "frame_acc" if "frame_acc" in reported(row) else next(iter(reported(row)))
+
+
+def accuracy_of(row):
+    return reported(row)[main_metric(row)]
+
+
+def seconds_of(row):
+    return row["seconds"]["total"]
+
+
+@dataclass
+class Group:
+    """Runs that differ in the seed alone, and what each is compared with.
+
+    runs: rows by seed (of a seed that was run twice, the last). full: of each run, the row on full data for the most
+    epochs; None where there is none of its seed. curves: of each run, all rows on full data with full's other flags.
+    """
+
+    runs: list
+    full: list
+    curves: list
+
+    @property
+    def args(self):
+        return self.runs[0]["args"]
+
+    @property
+    def compared(self):
+        """Whether there is a reference for every run, which this one is not itself."""
+        return None not in self.full and self.runs != self.full
+
+    def gains(self):
+        """Points of the main metric above full data, one a seed."""
+        return [accuracy_of(row) - accuracy_of(full) for row, full in zip(self.runs, self.full)]
+
+    def times(self):
+        """Time as a share of that on full data, one a seed."""
+        return [seconds_of(row) / seconds_of(full) for row, full in zip(self.runs, self.full)]
+
+    def equal_time_gains(self):
+        """Points above what full data reaches in the same time with fewer epochs, between whose numbers a straight line
+        is drawn; one a seed, or None where a run took less or more time than any of those."""
+        gains = []
+        for row, curve in zip(self.runs, self.curves):
+            seconds = [seconds_of(full) for full in curve]
+            if not seconds or not min(seconds) <= seconds_of(row) <= max(seconds):
+                return None
+            points = sorted((seconds_of(full), accuracy_of(full)) for full in curve)
+            gains.append(accuracy_of(row) - float(np.interp(seconds_of(row), *zip(*points))))
+        return gains
+
+
+def groups(rows):
+    """Rows as a list of Group, in the order of their first rows."""
+    by_settings, full = {}, {}
+    for row in rows:
+        key = (*task_of(row)[::2], row["args"]["method"], json.dumps(settings(row), sort_keys=True))
+        by_settings.setdefault(key, {})[row["args"]["seed"]] = row
+        if row["args"]["method"] == "full":
+            full.setdefault(task_of(row), {})[json.dumps(settings(row), sort_keys=True)] = row
+
+    def reference(row):
+        candidates = list(full.get(task_of(row), {}).values())
+        alike = [sum(settings(row).get(flag) == value for flag, value in settings(other).items())
+                 - (settings(row).get("epochs") == settings(other).get("epochs")) for other in candidates]  # fmt: skip
+        candidates = [other for other, same in zip(candidates, alike) if same == max(alike)]
+        return max(candidates, key=lambda other: other["args"]["epochs"], default=None), candidates
+
+    found = []
+    for runs in by_settings.values():
+        runs = [runs[seed] for seed in sorted(runs)]
+        references, curves = zip(*map(reference, runs))
+        found.append(Group(runs, list(references), list(curves)))
+    return found
+
+
+def p_value(differences):
+    """Two-sided p of the paired t-test: how probable a mean as far from 0, or farther, would be by chance. None for
+    fewer than two differences or where all are equal."""
+    n = len(differences)
+    if n < 2 or statistics.stdev(differences) == 0:
+        return None
+    t = statistics.mean(differences) / (statistics.stdev(differences) / n**0.5)
+    # With t = √ν·tan θ, Student's density is proportional to cos(θ)^(ν−1), which is easy to integrate.
+    theta = np.linspace(-np.pi / 2, np.pi / 2, 20001)
+    density = np.cos(theta) ** (n - 2)
+    return float(density[np.abs(theta) >= np.arctan(abs(t) / (n - 1) ** 0.5)].sum() / density.sum())
+
+
+def mean_and_deviation(values, digits=2, sign=""):
     """As text; without a deviation where there is one value."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
+
+
+def difference(values):
+    """A mean difference as text: in bold where a paired test over seeds says that it is one (p < 0.05)."""
+    if values is None:
+        return "–"
+    p = p_value(values)
+    text = mean_and_deviation(values, sign="+")
+    return text if p is None else f"{f'**{text}**' if p < 0.05 else text} (p {p:.2f})"
+
+
+def differing_flags(rows):
+    """Names of the flags that tell rows of one dataset apart and are no columns of a table: those of pruning, where
+    they differ for the same method; all others, where they differ at all."""
+    values = {}
+    for row in rows:
+        args = row["args"]
+        for flag, value in settings(row).items():
+            among = (args["dataset"], flag, *(args.get(name) for name in ("method", "selection") if flag in PRUNING))
+            values.setdefault(among, set()).add(json.dumps(value))
+    shown = {"dataset", "method", "selection", "keep", "epochs", *TASK}
+    return {flag for (_, flag, *_), found in values.items() if len(found) > 1} - shown
+
+
+def describe(args, flags):
+    """What a run did, in few words. flags: those to name."""
+    ignored = PRUNING if args["method"] == "full" else set()
+    named = [f"{flag.replace('_', '-')} {args[flag]}" for flag in sorted(flags - ignored) if flag in args]
+    return ", ".join([args["method"]] + ["static"] * (args.get("selection") == "static") + named)
 
 
 def table(rows):
-    """Markdown: test metrics, mean ± deviation over seeds (of a seed that was run twice, the last), and the time saved
-    against the full-data run with the same seed and otherwise the same flags, on the same machine and versions.
-    Flags in which the rows differ are named beside the method."""
-    groups, full, values = {}, {}, {}
-    for row in rows:
-        key = platform_of(row), row["args"]["method"], json.dumps(settings(row), sort_keys=True), tuple(reported(row))
-        groups.setdefault(key, {})[row["args"]["seed"]] = row
-        if row["args"]["method"] == "full":
-            full[baseline(row)] = row
-        for flag, value in settings(row).items():
-            values.setdefault(flag, set()).add(value)
-    differing = [flag for flag in values if len(values[flag]) > 1 and flag not in ("dataset", "method", "keep")]
-
-    head = ("dataset", "method", "kept", "n", "metrics, %", "against full", "seconds", "time saved, %")
+    """Markdown: metrics, mean ± deviation over seeds, and what was lost and saved against full data for the most
+    epochs, with the same seed, on the same machine and versions; and against full data in the same time."""
+    flags = differing_flags(rows)
+    head = ("dataset", "method", "kept", "epochs", "n", "metrics, %", "against full", "against full in the same time",
+            "seconds", "time saved, %")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for group in groups.values():
-        first = next(iter(group.values()))
-        metrics = {name: [reported(row)[name] for row in group.values()] for name in reported(first)}
-        main = "frame_acc" if "frame_acc" in metrics else next(iter(metrics))
-        pairs = [(row, full[baseline(row)]) for row in group.values() if baseline(row) in full]
-        compared = first["args"]["method"] != "full" and len(pairs) == len(group)
-        gains = [reported(row)[main] - reported(base)[main] for row, base in pairs]
-        saved = [100 * (1 - row["seconds"]["total"] / base["seconds"]["total"]) for row, base in pairs]
-        flags = settings(first)
+    for group in groups(rows):
+        args = group.args
+        metrics = {name: [reported(row)[name] for row in group.runs] for name in reported(group.runs[0])}
         lines.append("| " + " | ".join([
-            first["args"]["dataset"],
-            ", ".join([first["args"]["method"], *(f"{flag} {flags[flag]}" for flag in differing if flag in flags)]),
-            f"{100 * first['args']['keep']:g} %", str(len(group)),
-            ", ".join(f"{name} {mean_and_deviation(column)}" for name, column in metrics.items()),
-            f"{main} {mean_and_deviation(gains)}" if compared else "–",
-            mean_and_deviation([row["seconds"]["total"] for row in group.values()], 0),
-            mean_and_deviation(saved, 1) if compared else "–",
+            args["dataset"], describe(args, flags), f"{100 * args['keep']:g} %", str(args["epochs"]),
+            str(len(group.runs)), ", ".join(f"{name} {mean_and_deviation(column)}" for name, column in metrics.items()),
+            difference(group.gains()) if group.compared else "–",
+            difference(group.equal_time_gains()) if group.compared and args["method"] != "full" else "–",
+            mean_and_deviation([seconds_of(row) for row in group.runs], 0),
+            mean_and_deviation([100 * (1 - time) for time in group.times()], 1) if group.compared else "–",
         ]) + " |")  # fmt: skip
     text = "{}, {} threads, torch {}, transformers {}, {} process(es)"
     machines = sorted({text.format(*platform_of(row)).replace(", 1 process(es)", "") for row in rows})
+    machines = [name.replace(" 1 threads", " 1 thread") for name in machines]
     on_dev = sorted({row["args"]["dataset"] for row in rows if "test" not in row})
     note = (f"On test{' (on dev: ' + ', '.join(on_dev) + ')' if on_dev else ''} after the last epoch: mean ± standard "
-            f"deviation over n seeds. Machine: {'; '.join(machines)}.")
+            "deviation over n seeds. Differences are of frame_acc, or of the first metric, from full data for the most "
+            "epochs, seed by seed; p is of a paired t-test, and those with p < 0.05 are bold. Of full data in the same "
+            f"time: from runs with fewer epochs, between which a line is drawn. Machine: {'; '.join(machines)}.")
     return "\n".join([*lines, "", note])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Print the table of one or more results.jsonl files.")
-    parser.add_argument("files", nargs="+", help="results.jsonl files")
-    args = parser.parse_args(argv)
+# The paper's headlines, and what this project is after: {share kept: (points lost at most, saved at 10 epochs at least,
+# saved at 40 epochs at least, what the paper says)}.
+TARGETS = {0.5: (0.2, 38, 44, "the same accuracy, up to 41 % saved"),
+           0.2: (0.5, 60, 70, "at most 1 point lower, up to 66 % saved")}  # fmt: skip
+
+
+def targets(rows):
+    """Markdown: what dynamic pruning reached at each share of TARGETS, mean over datasets, beside target and paper."""
+    flags = differing_flags(rows)
+    head = ("kept", "method", "epochs", "datasets (n)", "against full, points", "target", "time saved, %", "target",
+            "the paper says")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    found = {}
+    for group in groups(rows):
+        args = group.args
+        if args["keep"] in TARGETS and group.compared and args.get("selection") != "static":
+            found.setdefault((args["keep"], describe(args, flags), args["epochs"]), []).append(group)
+    for (keep, name, epochs), same in sorted(found.items(), key=lambda item: (-item[0][0], item[0][2], item[0][1])):
+        lost, at_10, at_40, paper = TARGETS[keep]
+        gain = statistics.mean(statistics.mean(group.gains()) for group in same)
+        saved = 100 * statistics.mean(1 - statistics.mean(group.times()) for group in same)
+        aim = at_40 if epochs == 40 else at_10
+        datasets = ", ".join(f"{group.args['dataset']} ({len(group.runs)})" for group in same)
+        met = {True: "met", False: "missed"}
+        lines.append(f"| {100 * keep:g} % | {name} | {epochs} | {datasets} | {gain:+.2f} | ≥ −{lost:g}: "
+                     f"{met[gain >= -lost]} | {saved:.1f} | ≥ {aim}: {met[saved >= aim]} | {paper} |")
+    return "\n".join(lines)
+
+
+def figure(rows, path):
+    """Draw accuracy over time, a panel a dataset, to path.svg and path.png: means with standard deviations, the line of
+    full data with fewer and fewer epochs, the band of full data, and the Pareto front."""
+    plt = pyplot()
+    flags = differing_flags(rows)
+    by_dataset = {}
+    for group in groups(rows):
+        if None not in group.full:
+            by_dataset.setdefault(group.args["dataset"], []).append(group)
+    if not by_dataset:
+        return
+    names = sorted({describe(group.args, flags) for same in by_dataset.values() for group in same} - {"full"})
+    style = {name: {"color": f"C{i % 10}", "marker": "os^Dv<>pP*Xdh8"[i % 14]} for i, name in enumerate(names)}
+    size = (6 * len(by_dataset), 5.2)
+    fig, axes = plt.subplots(1, len(by_dataset), figsize=size, squeeze=False, layout="constrained")
+    for ax, (dataset, same) in zip(axes[0], by_dataset.items()):
+        points = {}
+        for group in same:
+            times, accuracy = group.times(), [accuracy_of(row) for row in group.runs]
+            spread = statistics.stdev if len(times) > 1 else lambda values: 0.0
+            points[id(group)] = (100 * statistics.mean(times), statistics.mean(accuracy), 100 * spread(times),
+                                 spread(accuracy))  # fmt: skip
+        full = sorted(points[id(group)] for group in same if group.args["method"] == "full")
+        _, top, _, band = full[-1]
+        ax.axhspan(top - band, top + band, color="0.9", zorder=0)
+        ax.axhline(top, color="0.5", lw=0.8, zorder=1)
+        ax.errorbar(*zip(*[(x, y) for x, y, _, _ in full]), yerr=[dy for *_, dy in full], color="black", marker=".",
+                    capsize=2, lw=1.2, label="full data, fewer epochs", zorder=3)  # fmt: skip
+        front, best = [], -np.inf
+        for x, y, _, _ in sorted(points.values()):
+            if y > best:
+                front, best = [*front, (x, y)], y
+        ax.plot(*zip(*front), color="goldenrod", lw=5, alpha=0.35, zorder=2, label="Pareto front")
+        seen = set()
+        for group in same:
+            name = describe(group.args, flags)
+            if name in style:
+                x, y, dx, dy = points[id(group)]
+                ax.errorbar(x, y, xerr=dx, yerr=dy, ls="", capsize=2, lw=0.8, ms=6, zorder=4,
+                            label=None if name in seen else name, **style[name])  # fmt: skip
+                ax.annotate(f"{100 * group.args['keep']:g}", (x, y), xytext=(4, 4), textcoords="offset points", size=7)
+                seen.add(name)
+        ax.set(title=f"{dataset} (n = {min(len(group.runs) for group in same)} to "
+                     f"{max(len(group.runs) for group in same)})",
+               xlabel="time, % of full data's", ylabel=f"{main_metric(same[0].runs[0])}, %")  # fmt: skip
+        ax.legend(fontsize=7, loc="lower right")
+    save_picture(fig, path)
+
+
+def pyplot():
+    """matplotlib, if it is there: only pictures need it. RunError where it is not."""
     try:
-        rows = read_rows(args.files)
-    except OSError as error:
+        import matplotlib
+    except ImportError:
+        raise RunError("pictures need matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "data diets"  # the same rows make the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_picture(fig, path):
+    """Write a figure to path.svg and path.png."""
+    fig.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    fig.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+
+
+def read_round_files(folder):
+    """The rounds of a run's folder as {epoch: {"scores", "importance", "keep"}}. RunError where there are none."""
+    rounds = {}
+    for path in sorted((folder / "rounds").glob("epoch-*.npz")):
+        try:
+            with np.load(path) as scored:
+                rounds[int(path.stem.removeprefix("epoch-"))] = dict(scored)
+        except Exception as error:  # whatever a damaged file makes NumPy raise
+            raise RunError(f"{path}: no scores of a run ({one_line(error)})") from None
+    if not rounds:
+        raise RunError(f"{folder}: has no scores in rounds/; a run that prunes leaves them there")
+    return rounds
+
+
+def kept_picture(folder, path):
+    """Draw which examples a run kept, a row a round, those with the highest mean importance on the left, to path.svg
+    and path.png."""
+    plt, rounds = pyplot(), read_round_files(folder)
+    mean = np.mean([np.argsort(np.argsort(scored["importance"])) for scored in rounds.values()], axis=0)
+    order = np.argsort(-mean, kind="stable")
+    keep = np.array([scored["keep"][order] for scored in rounds.values()])
+    columns = min(500, len(order))
+    shares = np.array([[part.mean() for part in np.array_split(row, columns)] for row in keep])
+    fig, ax = plt.subplots(figsize=(9, 0.5 * len(rounds) + 1.6), layout="constrained")
+    image = ax.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0, len(order), len(rounds), 0))
+    ax.set_yticks(np.arange(len(rounds)) + 0.5, [f"before epoch {epoch}" for epoch in rounds])
+    ever = np.any(keep, axis=0).mean()
+    ax.set(xlabel="train examples, by falling mean rank of importance",
+           title=f"{folder.name}: {keep.mean():.0%} kept a round, {ever:.0%} at least once, "
+                 f"{np.all(keep, axis=0).mean():.0%} always")  # fmt: skip
+    fig.colorbar(image, label="share kept")
+    save_picture(fig, path)
+
+
+def likely_errors(folder, count=20):
+    """Markdown: the train examples on which a run's scores are highest in the last round, in words, with their labels,
+    which may be wrong."""
+    args, rounds = read_config(folder)["args"], read_round_files(folder)
+    epoch, scored = max(rounds.items())
+    examples = read(args["dataset"], args.get("data_dir"))["train"]
+    examples = examples.take(range(min(args.get("max_train") or len(examples), len(examples))))
+    if len(examples) != len(scored["scores"]):
+        raise RunError(f"{folder}: has scores of {len(scored['scores'])} examples, and {args['dataset']} has "
+                       f"{len(examples)}: the data has changed")
+    lines = [f"The {count} highest scores of {folder.name} before epoch {epoch}; examples of train count from 0.", "",
+             "| example | score | label | text, with its slots |", "| --- | --- | --- | --- |"]  # fmt: skip
+    for i in np.argsort(-scored["scores"], kind="stable")[:count]:
+        text, tags = examples.texts[i], examples.tags and examples.tags[i]
+        if tags:
+            text = " ".join(word if tag == "O" else f"[{word}: {tag}]" for word, tag in zip(text, tags))
+        text = " / ".join(text) if isinstance(text, tuple) else text
+        lines.append(f"| {i} | {scored['scores'][i]:.2f} | {examples.labels[i]} | {text.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a results.jsonl, or the folder of a run")
+    parser.add_argument("--to", metavar="DIR", help="write results.md, and pictures as SVG and PNG, there")
+    parser.add_argument("--errors", type=int, default=20, metavar="N", help="examples shown of a run's folder (20)")
+    args = parser.parse_args(argv)
+    folders = [Path(path) for path in args.paths if Path(path).is_dir()]
+    files = [path for path in args.paths if not Path(path).is_dir()]
+    try:
+        to = Path(args.to) if args.to else None
+        if to:
+            to.mkdir(parents=True, exist_ok=True)
+        if files:
+            rows = read_rows(files)
+            if not rows:
+                raise RunError(f"no rows in {', '.join(files)}; train.py adds one a run")
+            parts = [table(rows), targets(rows)]
+            print("\n\n".join(parts))
+            if to:
+                command = f"python report.py {' '.join(files)} --to {args.to}"
+                (to / "results.md").write_text(
+                    f"# Results\n\nMade by `{command}`.\n\n![accuracy over time](figure.svg)\n\n## The targets\n\n"
+                    f"{parts[1]}\n\n## All runs\n\n{parts[0]}\n", encoding="utf-8")  # fmt: skip
+                figure(rows, to / "figure")
+        for folder in folders:
+            print(errors := likely_errors(folder, args.errors))
+            if to:
+                (to / "likely_errors.md").write_text(f"# Likely label errors\n\n{errors}\n", encoding="utf-8")
+                kept_picture(folder, to / "kept")
+    except (OSError, RunError, DataError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
-    if not rows:
-        print(f"report.py: error: no rows in {', '.join(args.files)}; train.py adds one a run", file=sys.stderr)
-        return 2
-    print(table(rows))
+    if to:
+        print(f"\nwritten to {to}/")
     return 0
 
 

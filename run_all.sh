@@ -1,16 +1,88 @@
 #!/usr/bin/env bash
-# The README's table: full data and EL2N at half of it, back to back, one seed after the other.
-# Override from the environment: DATASETS="snips" METHODS="full random" SEEDS="0" KEEP=0.2 OUT=elsewhere bash run_all.sh
-# Further flags go to train.py: bash run_all.sh --lr 1e-4
+# All results: each block below is one kind of row in the table. What the results file has already is not run again.
+#
+#   bash run_all.sh                   all of it, one run after the other, then the report
+#   bash run_all.sh --list            the commands alone, one a line, for other machines: … | xargs -P 4 -I {} bash -c {}
+#   SMOKE=1 bash run_all.sh           a tiny pass through all of it, in minutes
+#   PAPER=1 bash run_all.sh           the paper's setting: RoBERTa-base, 40 epochs (GLUE: 10), a constant rate, five seeds
+#   DATASETS="snips" METHODS="full el2n" KEEPS="0.5" SEEDS="0" MODEL=roberta-base EPOCHS=20 OUT=elsewhere bash run_all.sh
+#
+# Any other flags go to every run: bash run_all.sh --lr 1e-4
 set -euo pipefail
 cd "$(dirname "$0")"
 
+list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
+glue="cola mrpc rte sst2"
+if [ "${SMOKE:-}" ]; then
+    DATASETS=${DATASETS:-demo} SEEDS=${SEEDS:-0} KEEPS=${KEEPS:-0.5} EPOCHS=${EPOCHS:-4} OUT=${OUT:-runs/smoke}
+    METHODS=${METHODS:-full random el2n loss forgetting grand infobatch}
+    set -- --max-train 256 "$@"
+elif [ "${PAPER:-}" ]; then
+    DATASETS=${DATASETS:-snips atis slurp mtop $glue} SEEDS=${SEEDS:-0 1 2 3 4} OUT=${OUT:-runs/paper}
+    MODEL=${MODEL:-roberta-base}
+    set -- --lr 2e-5 --schedule constant --clip 0.03125 "$@"  # its loss is a batch's sum, ours the mean of 32
+fi
+out=${OUT:-runs}
+
+# run FLAGS…: one run, or its command where they are listed. One that fails does not keep the others from running.
+failed=0
+run() {
+    local command=(python train.py "$@" ${MODEL:+--model "$MODEL"} --no-model --resume auto --out "$out") status=0
+    if [ "$list" ]; then
+        printf '%q ' "${command[@]}"
+        echo
+        return
+    fi
+    "${command[@]}" || status=$?
+    if [ $status -gt 128 ]; then exit $status; fi # interrupted
+    if [ $status -ne 0 ]; then failed=$((failed + 1)); fi
+}
+
+# wanted METHOD: whether it is among those asked for.
+wanted() { [[ " ${METHODS:-full random el2n loss infobatch} " == *" $1 "* ]]; }
+
 for seed in ${SEEDS:-0 1 2}; do
-    for dataset in ${DATASETS:-snips atis}; do
-        for method in ${METHODS:-full el2n}; do
-            python train.py --dataset "$dataset" --method "$method" --keep "${KEEP:-0.5}" --seed "$seed" \
-                --no-model --out "${OUT:-runs}" "$@"
+    for dataset in ${DATASETS:-snips atis cola slurp mtop mrpc rte sst2}; do
+        epochs=${EPOCHS:-10} schedule=()
+        if [ "${PAPER:-}" ] && [[ " $glue " == *" $dataset "* ]]; then
+            schedule=(--ema 1 --std-weight 0) # its scores of GLUE are not smoothed
+        elif [ "${PAPER:-}" ]; then
+            epochs=${EPOCHS:-40} schedule=(--full-epochs 4 --cycle 4)
+        fi
+        each() { run --dataset "$dataset" --seed "$seed" "$@"; }
+
+        # Full data; and for fewer epochs, the baseline that costs what pruning does ("equal time").
+        if wanted full; then
+            for tenths in 10 7 5 4 3; do
+                each --method full --epochs $(((epochs * tenths + 5) / 10)) "$@"
+            done
+        fi
+
+        # Dynamic selection, at each share. Random draws anew every round.
+        for method in random el2n loss forgetting grand; do
+            for keep in ${KEEPS:-0.5 0.3 0.2}; do
+                if wanted $method; then
+                    each --method $method --keep "$keep" --epochs "$epochs" ${schedule[@]+"${schedule[@]}"} "$@"
+                fi
+            done
         done
+
+        # Static selection: scored once, trained from the start on what is kept.
+        for method in random el2n; do
+            for keep in ${KEEPS:-0.5 0.3 0.2}; do
+                if wanted $method; then
+                    each --method $method --selection static --keep "$keep" --epochs "$epochs" "$@"
+                fi
+            done
+        done
+
+        # InfoBatch: drops half of those below the mean loss, at random, every epoch.
+        if wanted infobatch; then
+            each --method infobatch --epochs "$epochs" "$@"
+        fi
     done
 done
-python report.py "${OUT:-runs}/results.jsonl"
+
+if [ "$list" ]; then exit; fi
+python report.py "$out/results.jsonl" --to "$out/report"
+if [ $failed -gt 0 ]; then echo "run_all.sh: $failed run(s) failed, see above; start it again to repeat them" >&2; exit 1; fi

@@ -25,6 +25,12 @@ def el2n(outputs, batch):
     return squared.sqrt()
 
 
+def rms(outputs, batch):
+    """EL2N per decision: χ / sqrt(1 + words), the root mean square over the error vectors of intent and words. (B,)"""
+    words = 0 if outputs[1] is None else (batch.tags != IGNORE).sum(1)
+    return el2n(outputs, batch) / (1 + words) ** 0.5
+
+
 def squared_error(logits, gold):
     """‖softmax(logits) − onehot(gold)‖² along the last axis, in fp32; 0 where gold is IGNORE.
 
@@ -73,7 +79,7 @@ def gradient_norm(model, batch):
     return squared.sqrt()
 
 
-SCORES = {"el2n": el2n, "loss": losses, "forgetting": forgetting, "infobatch": losses}
+SCORES = {"el2n": el2n, "rms": rms, "loss": losses, "forgetting": forgetting, "infobatch": losses}
 METHODS = ["full", "random", *SCORES, "grand"]
 WATCHED = ("forgetting", "infobatch")  # known from the training pass alone
 
