@@ -47,6 +47,22 @@ class Schedule:
         return (epoch - (self.total - self.epochs) * (epoch >= self.full_epochs)) / self.epochs
 
 
+def defaults(args):
+    """The schedule that comes with --method, --epochs and --selection: {flag: value} for those that are not given."""
+    flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
+    if args.method in ("random", "forgetting", "infobatch"):  # an average would favour random draws of earlier rounds
+        flags |= {"ema": 1.0, "std_weight": 0.0}
+    if args.method in ("random", "grand"):
+        flags["rescore"] = "all"
+    if args.method == "random" and args.selection == "static":
+        flags["full_epochs"] = 0  # nothing has to be learned before
+    if args.method in ("forgetting", "infobatch"):
+        flags["rescore"] = "none"
+    if args.method == "infobatch":  # its paper prunes in the first 87.5 % of the epochs
+        flags |= {"full_epochs": 1, "cycle": 1, "full_end": args.epochs // 8}
+    return flags
+
+
 def kept_size(n, keep):
     """round(keep · n), a half rounded to even."""
     return round(keep * n)

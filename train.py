@@ -29,7 +29,7 @@ from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, defaul
 from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
-from pruning import Schedule, SelectionError, Smoother, choose, kept_size
+from pruning import Schedule, SelectionError, Smoother, choose, defaults, kept_size
 from report import RunError
 from scoring import METHODS, WATCHED, Scorer
 
@@ -188,7 +188,7 @@ def parse(argv=None):
         args.dataset = os.path.abspath(args.dataset)
     args.data_dir = os.path.abspath(args.data_dir or default_folder())
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
-    for flag, value in own_defaults(args).items():  # a method's, where the user says nothing
+    for flag, value in defaults(args).items():  # a method's own, where the user says nothing
         setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
     for flag in ("epochs", "cycle", "batch-size", "save-every", "max-train"):
@@ -202,17 +202,16 @@ def parse(argv=None):
     check("seed", 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")
     if args.method == "full":
         args.keep, args.offset = 1.0, 0.0
-    least = 0 if args.method == "random" else 1
-    check("full-epochs", args.full_epochs >= least, f"at least {least}")
+    check("full-epochs", args.full_epochs >= (args.method != "random"), "at least 1 (random: 0)")
     check("full-end", args.full_end >= 0, "at least 0")
     check("class-floor", args.class_floor >= 0, "at least 0")
     check("full-epochs", args.keep == 1 or args.full_epochs + args.full_end < args.epochs,
           f"below --epochs {args.epochs} less --full-end {args.full_end}, or nothing is ever pruned")
     check("rescore", args.rescore == "none" or args.method not in WATCHED, "none: it is known from training alone")
     check("rescore", args.rescore == "all" or args.method not in ("grand", "random"), "all")
-    for flag in ("selection", "stratify", "class-floor", "offset"):
-        usual = getattr(args, flag.replace("-", "_")) == p.get_default(flag.replace("-", "_"))
-        check(flag, usual or args.method != "infobatch", "left out with infobatch, which has a rule of its own")
+    ruled = args.selection == "static" or args.offset or args.stratify or args.class_floor
+    check("method", args.method != "infobatch" or not ruled, "another one for --selection static, --offset, --stratify "
+          "or --class-floor: it has its own rule")
     check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -221,20 +220,6 @@ def parse(argv=None):
         p.error(f"--device {args.device}: not to be had here: {str(error).splitlines()[0]}")
     args.precision = args.precision if args.precision != "auto" else "bf16" if report.has_bf16(args.device) else "fp32"
     return args
-
-
-def own_defaults(args):
-    """What --method makes of flags that are not given."""
-    flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
-    if args.method == "random":  # an average of draws would favour the examples of earlier rounds
-        flags |= {"ema": 1.0, "std_weight": 0.0, "rescore": "all", "full_epochs": 2 * (args.selection == "dynamic")}
-    if args.method in WATCHED:
-        flags |= {"rescore": "none", "ema": 1.0, "std_weight": 0.0}
-    if args.method == "infobatch":
-        flags |= {"full_epochs": 1, "cycle": 1, "full_end": args.epochs // 8}
-    if args.method == "grand":
-        flags |= {"rescore": "all"}
-    return flags
 
 
 def run(args, start=None):

@@ -3,15 +3,21 @@
 import copy
 import json
 import re
+import shutil
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import report
+import train
+from data import demo
 
 
 def row(method="el2n", seed=0, frame=90.0, seconds=60.0, **args):
     return {
-        "args": {"dataset": "d", "method": method, "keep": 1.0 if method == "full" else 0.5, "seed": seed, "lr": 1e-4,
+        "args": {"dataset": "d", "method": method, "keep": 1.0 if method == "full" else 0.5, "seed": seed, "lr": 1e-4, "epochs": 10,
                  "full_epochs": 2, "out": "runs", "no_model": True, "data_dir": None, **args},
         "environment": {"device": "cpu", "cpu": "a processor", "threads": 2, "torch": "2", "transformers": "5"},
         "test": {"intent_acc": 99.0, "frame_acc": frame}, "seconds": {"total": seconds},
@@ -25,20 +31,116 @@ def cells(rows):
 def test_runs_are_compared_with_the_full_run_of_their_seed():
     rows = [row("full", 0, 90, 100), row("full", 1, 92, 200), row("el2n", 0, 91, 60), row("el2n", 1, 91, 100)]
     full, el2n = cells(rows)
-    assert full[3:] == ["2", "intent_acc 99.00 ± 0.00, frame_acc 91.00 ± 1.41", "–", "150 ± 71", "–"]
-    assert el2n[5:] == ["frame_acc 0.00 ± 1.41", "80 ± 28", "45.0 ± 7.1"]  # +1 and −1; 40 % and 50 %
+    assert full[3:] == ["10", "2", "intent_acc 99.00 ± 0.00, frame_acc 91.00 ± 1.41", "–", "–", "150 ± 71", "–"]
+    assert el2n[6:] == ["+0.00 ± 1.41 (p 1.00)", "–", "80 ± 28", "45.0 ± 7.1"]  # +1 and −1; 40 % and 50 %
 
 
-def test_a_full_run_serves_every_pruning_schedule_but_no_other_training():
-    assert cells([row("full", 0, 90, 100), row(full_epochs=4)])[1][7] == "40.0"
-    assert cells([row("full", 0, 90, 100), row(lr=2e-4)])[1][7] == "–"
-    assert cells([row("full", 0, 90, 100), row(seed=1)])[1][7] == "–"
-    assert cells([row("full", 0, 90, 100), row(seed=0), row(seed=1)])[1][7] == "–"  # not of all n seeds
+def test_the_reference_is_full_data_for_the_most_epochs_and_the_most_alike_in_other_flags():
+    full, short, other = row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5), row("full", 0, 70, 300, lr=9e-4)
+    lines = cells([short, full, other, row("el2n", 0, 89, 40), row("el2n", 0, 88, 75, keep=0.3, epochs=8)])
+    assert [line[9] for line in lines] == ["50.0", "–", "–", "60.0", "25.0"]
+    assert cells([full, row(seed=1)])[1][9] == "–"
+    assert cells([full, row(seed=0), row(seed=1)])[1][9] == "–"  # not of all n seeds
+
+
+def test_full_data_in_the_same_time_is_read_off_between_its_runs():
+    full = [row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5)]
+    assert cells([*full, row("el2n", 0, 89, 75)])[2][7] == "+4.00"  # above 85
+    assert cells([*full, row("el2n", 0, 89, 40)])[2][7] == "–"  # sooner than any
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_p_is_that_of_the_paired_t_test(rng, n):
+    stats = pytest.importorskip("scipy.stats")
+    for shift in (0, 0.3, 1, 3):
+        first, second = rng.normal(size=n), rng.normal(size=n) + shift
+        got = report.p_value((first - second).tolist())
+        assert got == pytest.approx(stats.ttest_rel(first, second).pvalue, abs=2e-4)
+
+
+def test_only_a_difference_over_seeds_is_called_one():
+    assert report.p_value([1.0]) is None and report.p_value([1.0, 1.0]) is None
+    assert report.difference([1.0]) == "+1.00" and report.difference(None) == "–"
+    assert report.difference([-1.0, -1.1, -0.9]).startswith("**-1.00 ± 0.10** (p 0.00")
+    assert report.difference([-1.0, 1.2, -0.9]).startswith("-0.23 ± 1.24 (p 0.7")
 
 
 def test_rows_say_in_which_flags_they_differ():
     assert [line[1] for line in cells([row(), row(lr=2e-4)])] == ["el2n, lr 0.0001", "el2n, lr 0.0002"]
     assert len(cells([row("full"), row("full", seed=1, full_epochs=4)])) == 1  # which does not matter to a full run
+    own = [row(cycle=2), row("infobatch", cycle=1), row(selection="static", cycle=2)]  # a method's own: not named
+    assert [line[1] for line in cells(own)] == ["el2n", "infobatch", "el2n, static"]
+
+
+def test_targets_are_means_over_datasets_and_say_what_is_missed():
+    rows = [row("full", 0, 90, 100), row("full", 0, 80, 100, dataset="e"), row("el2n", 0, 90.2, 60),
+            row("el2n", 0, 79.2, 64, dataset="e"), row("el2n", 0, 90, 39, keep=0.2), row("el2n", 0, 90, 9, keep=0.3)]
+    half, fifth = [[cell.strip() for cell in line.strip("|").split("|")]
+                   for line in report.targets(rows).splitlines()[2:]]  # fmt: skip
+    assert half[:8] == ["50 %", "el2n", "10", "d (1), e (1)", "-0.30", "≥ −0.2: missed", "38.0", "≥ 38: met"]
+    assert fifth[:8] == ["20 %", "el2n", "10", "d (1)", "+0.00", "≥ −0.5: met", "61.0", "≥ 60: met"]
+
+
+def test_page_and_picture_are_the_same_whenever_they_are_made(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5), row("el2n", 0, 91, 60), row("el2n", 1, 90, 70)]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("one", "two"):
+        assert report.main([str(tmp_path / "results.jsonl"), "--to", str(tmp_path / name)]) == 0
+    made = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert set(made) == {"results.md", "figure.svg", "figure.png"}
+    assert report.table(rows) in made["results.md"].decode()
+    for name in ("figure.svg", "figure.png"):
+        assert made[name] == (tmp_path / "two" / name).read_bytes()
+    assert made["figure.png"].startswith(b"\x89PNG")
+
+
+def test_pictures_without_matplotlib_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "results.jsonl").write_text(json.dumps(row("full")))
+    assert report.main([str(tmp_path / "results.jsonl"), "--to", str(tmp_path / "to")]) == 2
+    assert capsys.readouterr().err.endswith("pictures need matplotlib: pip install -r requirements-dev.txt\n")
+
+
+@pytest.fixture
+def pruned(tiny, tmp_path):
+    """The folder of a small run on demo that has pruned."""
+    made = train.run(train.parse(["--model", tiny, "--max-train", "300", "--epochs", "4", "--full-epochs", "1",
+                                  "--no-model", "--out", str(tmp_path / "runs")]))  # fmt: skip
+    return Path(made["folder"])
+
+
+def test_the_highest_scores_are_shown_in_words(pruned, tmp_path, capsys):
+    assert report.main([str(pruned), "--errors", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    with np.load(pruned / "rounds" / "epoch-004.npz") as scored:
+        best = np.argsort(-scored["scores"], kind="stable")[:3]
+    examples = demo.generate()["train"]
+    assert [int(line.split("|")[1]) for line in lines[4:]] == best.tolist() and "before epoch 4" in lines[0]
+    for line, i in zip(lines[4:], best):
+        assert line.split("|")[3].strip() == examples.labels[i]
+        for word, tag in zip(examples.texts[i], examples.tags[i]):
+            assert (word if tag == "O" else f"[{word}: {tag}]") in line
+
+
+def test_what_was_kept_is_drawn(pruned, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert report.main([str(pruned), "--to", str(tmp_path / "to")]) == 0
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {"likely_errors.md", "kept.svg", "kept.png"}
+
+
+def test_a_run_without_scores_or_with_other_data_is_refused_in_one_line(pruned, capsys):
+    config = json.loads((pruned / "config.json").read_text())
+    config["args"]["max_train"] = 200
+    (pruned / "config.json").write_text(json.dumps(config))
+    assert report.main([str(pruned)]) == 2
+    assert "has scores of 300 examples, and demo has 200: the data has changed" in capsys.readouterr().err
+    (pruned / "rounds" / "epoch-004.npz").write_bytes(b"PK damaged")
+    assert report.main([str(pruned)]) == 2
+    assert "epoch-004.npz: no scores of a run" in capsys.readouterr().err
+    shutil.rmtree(pruned / "rounds")
+    assert report.main([str(pruned)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_without_a_test_split_dev_is_reported_and_said():
@@ -46,7 +148,7 @@ def test_without_a_test_split_dev_is_reported_and_said():
     mnli = row(dataset="mnli")
     del mnli["test"]
     mnli |= {"dev": {"accuracy": 80.0}, "dev_mismatched": {"accuracy": 81.0}}
-    assert cells([mnli])[0][4] == "accuracy 80.00, accuracy (mismatched) 81.00"
+    assert cells([mnli])[0][5] == "accuracy 80.00, accuracy (mismatched) 81.00"
     assert "On test (on dev: mnli) after the last epoch" in report.table([row(), mnli])
     assert "On test after the last epoch" in report.table([row()])
 
@@ -55,12 +157,12 @@ def test_machines_are_not_mixed():
     other = copy.deepcopy(row())
     other["environment"]["cpu"] = "another"
     assert len(cells([row(), other])) == 2
-    assert cells([row("full", 0, 90, 100), other])[1][7] == "–"
+    assert cells([row("full", 0, 90, 100), other])[1][9] == "–"
 
 
 def test_a_seed_that_was_run_twice_counts_once():
     (only,) = cells([row(frame=10), row(frame=90)])
-    assert only[3] == "1" and "frame_acc 90.00" in only[4]
+    assert only[4] == "1" and "frame_acc 90.00" in only[5]
 
 
 def test_lines_that_are_no_rows_are_skipped_and_said(tmp_path, capsys):
@@ -87,7 +189,7 @@ def test_rows_with_impossible_figures_are_skipped_and_said(tmp_path, capsys, cha
 def test_rows_with_other_metrics_are_not_mixed():
     other = {**row(seed=1), "test": {"accuracy": 80.0}}
     assert len(cells([row(), other])) == 2
-    assert cells([row("full", 0, 90, 100), {**row(), "test": {"accuracy": 80.0}}])[1][7] == "–"
+    assert cells([row("full", 0, 90, 100), {**row(), "test": {"accuracy": 80.0}}])[1][9] == "–"
 
 
 def test_a_torn_line_does_not_swallow_the_next_row(tmp_path, capsys):
