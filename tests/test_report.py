@@ -17,8 +17,8 @@ from data import demo
 
 def row(method="el2n", seed=0, frame=90.0, seconds=60.0, **args):
     return {
-        "args": {"dataset": "d", "method": method, "keep": 1.0 if method == "full" else 0.5, "seed": seed, "lr": 1e-4, "epochs": 10,
-                 "full_epochs": 2, "out": "runs", "no_model": True, "data_dir": None, **args},
+        "args": {"dataset": "d", "method": method, "keep": 1.0 if method == "full" else 0.5, "seed": seed, "lr": 1e-4,
+                 "epochs": 10, "full_epochs": 2, "out": "runs", "no_model": True, "data_dir": None, **args},
         "environment": {"device": "cpu", "cpu": "a processor", "threads": 2, "torch": "2", "transformers": "5"},
         "test": {"intent_acc": 99.0, "frame_acc": frame}, "seconds": {"total": seconds},
     }  # fmt: skip

@@ -1,0 +1,82 @@
+"""The script behind all results: its commands are valid, what is done is not done again, however it was stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from train import parse
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(*flags, **settings):
+    path = f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"  # `python` is the one that runs the tests
+    return subprocess.Popen(["bash", str(ROOT / "run_all.sh"), *flags], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT, env={**os.environ, "PATH": path, **settings},
+                            start_new_session=True)  # fmt: skip
+
+
+def listed(*flags, **settings):
+    return script("--list", *flags, **settings).communicate(timeout=60)[0].splitlines()
+
+
+@pytest.mark.parametrize("settings", [{}, {"SMOKE": "1"}, {"PAPER": "1"}, {"METHODS": "full grand", "EPOCHS": "3"}])
+def test_it_lists_commands_that_are_valid_and_differ(settings):
+    commands = listed("--batch-size", "16", **settings)
+    flags = [vars(parse(command.split()[2:])) for command in commands]
+    configurations = {json.dumps(config, sort_keys=True, default=str) for config in flags}
+    assert all(command.startswith("python train.py ") for command in commands)
+    assert len(configurations) == len(commands) > 2
+    assert all(config["resume"] == "auto" and config["batch_size"] == 16 for config in flags)
+
+
+def test_settings_choose_what_is_run():
+    commands = listed(DATASETS="atis", METHODS="el2n full", KEEPS="0.4", SEEDS="7", EPOCHS="4", MODEL="m", OUT="o")
+    wanted = ("--method full --epochs 4", "--method full --epochs 2", "--method full --epochs 1",
+              "--method el2n --keep 0.4 --epochs 4", "--method el2n --selection static --keep 0.4 --epochs 4")
+    assert commands == [f"python train.py --dataset atis --seed 7 {flags} --model m --no-model --resume auto --out o "
+                        for flags in wanted]  # fmt: skip
+
+
+def test_the_papers_setting():
+    config = parse(listed(PAPER="1", DATASETS="snips", METHODS="el2n", KEEPS="0.5", SEEDS="0")[0].split()[2:])
+    wanted = {"model": "roberta-base", "epochs": 40, "full_epochs": 4, "cycle": 4, "lr": 2e-5, "schedule": "constant",
+              "batch_size": 32, "ema": 0.8, "std_weight": 1.0, "clip": 1 / 32}  # fmt: skip
+    assert {name: vars(config)[name] for name in wanted} == wanted
+    glue = parse(listed(PAPER="1", DATASETS="cola", METHODS="el2n", KEEPS="0.5", SEEDS="0")[0].split()[2:])
+    assert (glue.epochs, glue.ema, glue.std_weight) == (10, 1.0, 0.0)
+
+
+def test_started_again_it_repeats_no_finished_run(tiny, tmp_path):
+    """Terminated in its second of three runs, and started again, it ends with one row each, the table and the page."""
+    settings = {"DATASETS": "demo", "METHODS": "random infobatch", "KEEPS": "0.5", "SEEDS": "0", "EPOCHS": "3",
+                "MODEL": tiny, "OUT": str(tmp_path)}  # fmt: skip
+    first = script("--max-train", "200", **settings)
+    while not list(tmp_path.glob("demo-random-*/epochs.jsonl"))[1:]:
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGTERM)
+    first.communicate(timeout=60)
+    finished = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert first.returncode != 0 and len(finished) in (1, 2)
+    second = script("--max-train", "200", **settings)
+    said, _ = second.communicate(timeout=120)
+    rows = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert second.returncode == 0, said
+    assert rows[: len(finished)] == finished and len(rows) == 3
+    assert said.count("is finished: nothing is left to do") == len(finished)
+    assert len({json.dumps({**json.loads(row)["args"], "out": ""}) for row in rows}) == 3
+    assert "| demo | infobatch |" in (tmp_path / "report" / "results.md").read_text()
+
+
+def test_a_run_that_fails_is_counted_and_the_others_go_on(tiny, tmp_path):
+    settings = {"DATASETS": "demo", "METHODS": "infobatch", "SEEDS": "-1 0", "EPOCHS": "2", "MODEL": tiny}
+    process = script("--max-train", "100", **settings, OUT=str(tmp_path))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "--seed -1: must be from 0" in said and "1 run(s) failed" in said
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
