@@ -28,7 +28,7 @@ import train
 from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, demo, load, load_tokenizer, sorted_batches
 from models import FlatAdamW, NLUModel, hugging_face, infer, limit_vocabulary, losses
 from pruning import Schedule, Smoother, select
-from scoring import SCORES, score
+from scoring import SCORES, Scorer, score
 
 
 def textbook_step(model, optimizer, batch, clip, autocast=nullcontext):
@@ -222,6 +222,14 @@ def selection_seconds(scores):
         return time.perf_counter() - start
 
 
+def watch_seconds(model, split, batch_size):
+    """Seconds that taking the scores of a training step's examples from its outputs adds to the step."""
+    scorer, batch = Scorer(split, "el2n", "untrained"), split.batch(np.arange(min(batch_size, len(split))))
+    with torch.no_grad():
+        outputs = model(batch)
+    return timed(lambda: scorer.watch(outputs, batch), 51)
+
+
 def encoding(args, rows):
     """Read and encode sentence pairs in files of MNLI's shape, `rows` of them in train and in each dev set. Returns how
     long that took and the most memory that this process has had, as text."""
@@ -287,17 +295,19 @@ def measure(args):
         "scoring": padding(lengths, sorted_batches(data.train)),
     }
 
-    # What pruning costs, from these rates and from what EL2N would keep now.
-    round_ = n / rates[f"engine {best} scoring"] + selection_seconds(scores)
+    # What pruning costs, from these rates and from what EL2N would keep now: scores of each step's outputs; selections;
+    # and, from the second on, a pass over what was not kept.
     full, tokens = n / rates[f"engine {best} training"], lengths[select(scores, 0.5)].sum() / lengths.sum()
+    watching = watch_seconds(ours[best][2], data.train, args.batch_size) * n / args.batch_size
+    selecting, passing = selection_seconds(scores), n / rates[f"engine {best} scoring"] * (1 - tokens)
     result["pruning"] = {}
     for epochs, cycle in ((10, 2), (40, 4)):
-        schedule = Schedule(epochs, cycle, cycle, 0.5)
-        rounds = sum(map(schedule.prunes_at, range(epochs)))
-        total = full * (cycle + tokens * (epochs - cycle)) + round_ * rounds
+        rounds = sum(map(Schedule(epochs, cycle, cycle, 0.5).prunes_at, range(epochs)))
+        training = full * (cycle + tokens * (epochs - cycle))
+        cost = watching * (cycle + 0.5 * (epochs - cycle)) + selecting * rounds + passing * (rounds - 1)
         result["pruning"][f"T = {cycle}, {epochs} epochs"] = {
-            "overhead": round_ * rounds / total, "saved": 1 - total / (full * epochs),
-            "saved if scoring were free": 1 - (total - round_ * rounds) / (full * epochs)}  # fmt: skip
+            "overhead": cost / (training + cost), "saved": 1 - (training + cost) / (full * epochs),
+            "saved if scoring were free": 1 - training / (full * epochs)}  # fmt: skip
 
     # Growth: the same examples many times over.
     big = replace(data, train=tile(data.train, args.grown))

@@ -635,6 +635,12 @@ def describe(args, flags):
     return ", ".join([args["method"]] + ["static"] * (args.get("selection") == "static") + named)
 
 
+def kept_share(args):
+    """As text, of InfoBatch the share that it drops below the mean."""
+    keep = args["keep"]
+    return f"r = {100 * (1 - keep):g} %" if args["method"] == "infobatch" else f"{100 * keep:g} %"
+
+
 def table(rows):
     """Markdown: metrics, mean ± deviation over seeds, and what was lost and saved against full data for the most
     epochs, with the same seed, on the same machine and versions; and against full data in the same time."""
@@ -646,7 +652,7 @@ def table(rows):
         args = group.args
         metrics = {name: [reported(row)[name] for row in group.runs] for name in reported(group.runs[0])}
         lines.append("| " + " | ".join([
-            args["dataset"], describe(args, flags), f"{100 * args['keep']:g} %", str(args["epochs"]),
+            args["dataset"], describe(args, flags), kept_share(args), str(args["epochs"]),
             str(len(group.runs)), ", ".join(f"{name} {mean_and_deviation(column)}" for name, column in metrics.items()),
             difference(group.gains()) if group.compared else "–",
             difference(group.equal_time_gains()) if group.compared and args["method"] != "full" else "–",
@@ -671,7 +677,8 @@ TARGETS = {0.5: (0.2, 38, 44, "the same accuracy, up to 41 % saved"),
 
 
 def targets(rows):
-    """Markdown: what dynamic pruning reached at each share of TARGETS, mean over datasets, beside target and paper."""
+    """Markdown: what dynamic pruning reached at each share of TARGETS in 10 or 40 epochs, mean over datasets, beside
+    target and paper; "" without such a run."""
     flags = differing_flags(rows)
     head = ("kept", "method", "epochs", "datasets (n)", "against full, points", "target", "time saved, %", "target",
             "the paper says")  # fmt: skip
@@ -679,7 +686,8 @@ def targets(rows):
     found = {}
     for group in groups(rows):
         args = group.args
-        if args["keep"] in TARGETS and group.compared and args.get("selection") != "static":
+        aimed_at = args["keep"] in TARGETS and args["epochs"] in (10, 40) and args.get("selection") != "static"
+        if aimed_at and args["method"] not in ("full", "infobatch") and group.compared:
             found.setdefault((args["keep"], describe(args, flags), args["epochs"]), []).append(group)
     for (keep, name, epochs), same in sorted(found.items(), key=lambda item: (-item[0][0], item[0][2], item[0][1])):
         lost, at_10, at_40, paper = TARGETS[keep]
@@ -690,7 +698,7 @@ def targets(rows):
         met = {True: "met", False: "missed"}
         lines.append(f"| {100 * keep:g} % | {name} | {epochs} | {datasets} | {gain:+.2f} | ≥ −{lost:g}: "
                      f"{met[gain >= -lost]} | {saved:.1f} | ≥ {aim}: {met[saved >= aim]} | {paper} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if found else ""
 
 
 def figure(rows, path):
@@ -833,7 +841,7 @@ def main(argv=None):
             if not rows:
                 raise RunError(f"no rows in {', '.join(files)}; train.py adds one a run")
             parts = [table(rows), targets(rows)]
-            print("\n\n".join(parts))
+            print("\n\n".join(filter(None, parts)))
             if to:
                 command = f"python report.py {' '.join(files)} --to {args.to}"
                 (to / "results.md").write_text(
