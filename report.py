@@ -670,6 +670,14 @@ def table(rows):
     return "\n".join([*lines, "", note])
 
 
+def page(rows, command):
+    """Markdown: the picture, the targets and the table of rows. command: what makes it."""
+    parts = ["# Results", f"Made by `{command}`.", "![accuracy over time](figure.svg)", "## The targets",
+             targets(rows) or "No run with a share and a number of epochs for which there is a target.",
+             "## All runs", table(rows)]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
 # The paper's headlines, and what this project is after: {share kept: (points lost at most, saved at 10 epochs at least,
 # saved at 40 epochs at least, what the paper says)}.
 TARGETS = {0.5: (0.2, 38, 44, "the same accuracy, up to 41 % saved"),
@@ -751,11 +759,9 @@ def figure(rows, path):
 
 
 def pyplot():
-    """matplotlib, if it is there: only pictures need it. RunError where it is not."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise RunError("pictures need matplotlib: pip install -r requirements-dev.txt") from None
+    """matplotlib's, which only pictures need. ImportError where it is not installed."""
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "data diets"  # the same rows make the same file
     from matplotlib import pyplot
@@ -827,37 +833,37 @@ def likely_errors(folder, count=20):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a results.jsonl, or the folder of a run")
-    parser.add_argument("--to", metavar="DIR", help="write results.md, and pictures as SVG and PNG, there")
+    parser.add_argument("--to", metavar="DIR", help="write pages (.md) and pictures (.svg, .png) there, too")
     parser.add_argument("--errors", type=int, default=20, metavar="N", help="examples shown of a run's folder (20)")
     args = parser.parse_args(argv)
     folders = [Path(path) for path in args.paths if Path(path).is_dir()]
     files = [path for path in args.paths if not Path(path).is_dir()]
+    pages, pictures = {}, []
     try:
-        to = Path(args.to) if args.to else None
-        if to:
-            to.mkdir(parents=True, exist_ok=True)
         if files:
             rows = read_rows(files)
             if not rows:
                 raise RunError(f"no rows in {', '.join(files)}; train.py adds one a run")
-            parts = [table(rows), targets(rows)]
-            print("\n\n".join(filter(None, parts)))
-            if to:
-                command = f"python report.py {' '.join(files)} --to {args.to}"
-                (to / "results.md").write_text(
-                    f"# Results\n\nMade by `{command}`.\n\n![accuracy over time](figure.svg)\n\n## The targets\n\n"
-                    f"{parts[1]}\n\n## All runs\n\n{parts[0]}\n", encoding="utf-8")  # fmt: skip
-                figure(rows, to / "figure")
+            print("\n\n".join(filter(None, (table(rows), targets(rows)))))
+            pages["results.md"] = page(rows, f"python report.py {' '.join(files)} --to {args.to}")
+            pictures.append((figure, rows, "figure"))
         for folder in folders:
             print(errors := likely_errors(folder, args.errors))
-            if to:
-                (to / "likely_errors.md").write_text(f"# Likely label errors\n\n{errors}\n", encoding="utf-8")
-                kept_picture(folder, to / "kept")
+            pages["likely_errors.md"] = f"# Likely label errors\n\n{errors}\n"
+            pictures.append((kept_picture, folder, "kept"))
+        if args.to:
+            Path(args.to).mkdir(parents=True, exist_ok=True)
+            for name, text in pages.items():
+                Path(args.to, name).write_text(text, encoding="utf-8")
+            for draw, what, name in pictures:
+                draw(what, Path(args.to, name))
+            print(f"\nwritten to {args.to}/")
+    except ImportError:
+        print("report.py: no pictures were drawn, for want of matplotlib: pip install -r requirements-dev.txt",
+              file=sys.stderr)
     except (OSError, RunError, DataError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
-    if to:
-        print(f"\nwritten to {to}/")
     return 0
 
 
