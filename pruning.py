@@ -52,13 +52,13 @@ def defaults(args):
     flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
     if args.method in ("random", "forgetting", "infobatch"):  # an average would favour random draws of earlier rounds
         flags |= {"ema": 1.0, "std_weight": 0.0}
-    if args.method in ("random", "grand"):
+    if args.method in ("random", "grand") or args.selection == "static":  # selected once, by the model as it is then
         flags["rescore"] = "all"
     if args.method == "random" and args.selection == "static":
         flags["full_epochs"] = 0  # nothing has to be learned before
     if args.method in ("forgetting", "infobatch"):
         flags["rescore"] = "none"
-    if args.method == "infobatch":  # its paper prunes in the first 87.5 % of the epochs
+    if args.method == "infobatch":  # its authors' code prunes in epochs before 87.5 % of E
         flags |= {"full_epochs": 1, "cycle": 1, "full_end": args.epochs // 8}
     return flags
 
@@ -80,14 +80,21 @@ def choose(importance, labels, args, rng):
         kept = stratified(importance, args.keep, args.offset, rng)
     else:
         kept = select(importance, args.keep, args.offset)
-    return with_floor(kept, importance, labels, args.class_floor), np.ones(len(importance), np.float32)
+    if args.class_floor:
+        kept = with_floor(kept, importance, labels, args.class_floor)
+    return kept, np.ones(len(importance), np.float32)
+
+
+def check_finite(scores):
+    """SelectionError where a score is no finite number."""
+    if not np.isfinite(scores).all():
+        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite")
 
 
 def ranked(scores, keep, offset):
     """All examples by falling score, of equal ones the lower index first, without the round(offset·N) very highest
     (suspected label errors); and how many of them make up a share `keep` of all: round(keep·N)."""
-    if not np.isfinite(scores).all():
-        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite")
+    check_finite(scores)
     size = kept_size(len(scores), keep)
     if size < 1:
         raise SelectionError(f"a share of {keep:g} of {len(scores)} examples is none")
@@ -107,8 +114,8 @@ def select(scores, keep, offset=0.0):
 
 
 def stratified(scores, keep, offset, rng, bins=50):
-    """Coverage-centric selection (Zheng et al. 2023): as `select`, but from each of 50 equally wide ranges of scores
-    equally many, at random; what a range has too few of falls to the fuller ones."""
+    """Coverage-centric selection (Zheng et al. 2023, always with an offset): as `select`, but from each of 50 equally
+    wide ranges of scores equally many, at random; what one has too few of falls to the fuller ones."""
     order, size = ranked(scores, keep, offset)
     low, high = scores[order[-1]], scores[order[0]]
     width = (high - low) / bins or 1.0
@@ -136,8 +143,7 @@ def with_floor(kept, scores, labels, floor):
 def soft_prune(scores, keep, rng):
     """InfoBatch (Qin et al. 2024): of the examples whose score is below the mean, each is kept with probability `keep`
     = 1 − r, and then weighs 1/(1 − r), so that the expected gradient is that of all. Returns as `choose`."""
-    if not np.isfinite(scores).all():
-        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite")
+    check_finite(scores)
     below = scores < scores.mean(dtype=float)
     kept = ~below | (rng.random(len(scores)) < keep)
     return np.flatnonzero(kept), np.where(below, 1 / keep, 1).astype(np.float32)

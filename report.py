@@ -7,6 +7,7 @@ tables and pictures.
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -150,10 +151,11 @@ def reopen(args):
     folder, out = Path(args.resume) if args.resume else None, Path(args.out)
     if args.resume == "auto":
         wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
-        done = [row for row in (read_rows([out / "results.jsonl"]) if (out / "results.jsonl").exists() else [])
-                if row["args"] | wanted == flags(args) and finished(out / Path(row["folder"]).name, row)]  # fmt: skip
+        rows = read_rows([out / "results.jsonl"]) if (out / "results.jsonl").exists() else []
+        done = [row for row in rows if row["args"] | wanted == flags(args)
+                and finished(out / Path(str(row.get("folder"))).name, row)]  # fmt: skip
         if done:
-            remove_checkpoints(out / Path(done[0]["folder"]).name)  # where it was killed just before it would have
+            remove_checkpoints(out / Path(str(done[0].get("folder"))).name)  # killed just before it would have been
             return None, from_first(done[0])
         same = []
         for config in out.glob("*/config.json"):
@@ -311,19 +313,19 @@ def identity(args, data, weights):
 def remove_checkpoints(folder):
     """For when the run has ended well."""
     for path in folder.glob("checkpoint.pt*"):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 # ---- what is written and said along the way
 
 
-def opening(args, data, folder, log):
+def opening(args, data, folder, log, epochs):
     """Say what is about to be done; of a run that goes on, drop what came after its checkpoint, which has this log."""
     sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     print(f"{args.dataset}: {sizes} examples, {data.n_labels} labels, {data.n_tags} tags; {args.precision} on "
           f"{args.device}; to {folder}/", flush=True)
     if log:
-        print(f"resumed after epoch {len(log)} of {args.epochs}", flush=True)
+        print(f"resumed after epoch {len(log)} of {epochs}", flush=True)
     with whole_file(folder / "epochs.jsonl") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in log)
 
@@ -426,7 +428,7 @@ def summary(row):
     evaluated = [split for split in ("test", "dev", "dev_mismatched") if split in row]
     when = "(after the last epoch)" if "test" in row else "(after the last epoch; there is no test split)"
     lines = [
-        f"{args['dataset']}, {args['method']}, {args['keep']:.0%} kept, seed {args['seed']}, "
+        f"{args['dataset']}, {args['method']}, kept {kept_share(args)}, seed {args['seed']}, "
         f"{args['precision']} on {machine(row)}",
         *(f"{split:<6} {metrics_line(row[split])}   {when if split == evaluated[0] else ''}".rstrip()
           for split in evaluated),
@@ -440,7 +442,8 @@ def summary(row):
     if row["pruned_epochs"] and row["full_seconds"]:
         lines += [
             f"saved  {1 - seconds['total'] / row['full_seconds']:.1%} of an estimated {row['full_seconds']:.1f} s for "
-            f"{args['epochs']} epochs on everything, at the pace of this run's {args['full_epochs']} full ones;",
+            f"{args['epochs']} epochs on everything, at the pace of this run's "
+            f"{len(row['curve']) - row['pruned_epochs']} full ones;",
             f"       the cost model says {1 - row['model_time']:.1%}, with {row['scoring_rounds']} scoring passes of "
             f"{row['scoring_cost']:.2f} epochs each. The same command with --method full measures it.",
         ]
@@ -486,14 +489,14 @@ NOT_SETTINGS = {"seed", "out", "no_model", "data_dir", "save_every"}
 # A run on everything is the same whatever these are.
 PRUNING = {"method", "keep", "full_epochs", "cycle", "full_end", "selection", "rescore", "ema", "std_weight", "offset",
            "stratify", "class_floor"}  # fmt: skip
-# What runs must share for one to be the other's reference; in other flags it may differ, its number of epochs included.
-TASK = ("dataset", "model", "max_length", "max_train", "seed")
+# What a run did from before these flags.
+BEFORE = {"selection": "dynamic", "rescore": "all", "full_end": 0, "stratify": False, "class_floor": 0}
 
 
 def settings(row):
     """The flags that matter to a run, as a dict; of one on everything, without those of pruning."""
     ignored = NOT_SETTINGS | PRUNING if row["args"]["method"] == "full" else NOT_SETTINGS
-    return {flag: value for flag, value in row["args"].items() if flag not in ignored}
+    return {flag: value for flag, value in (BEFORE | row["args"]).items() if flag not in ignored}
 
 
 def platform_of(row):
@@ -504,8 +507,9 @@ def platform_of(row):
 
 
 def task_of(row):
-    """What a run shares with those on full data that it may be compared with."""
-    return platform_of(row), tuple(row["args"].get(flag) for flag in TASK), tuple(reported(row))
+    """What runs share that may be compared; in other flags, such as the number of epochs, they may differ."""
+    same = (row["args"].get(flag) for flag in ("dataset", "model", "max_length", "max_train"))
+    return platform_of(row), *same, tuple(reported(row))
 
 
 def main_metric(row):
@@ -525,8 +529,8 @@ def seconds_of(row):
 class Group:
     """Runs that differ in the seed alone, and what each is compared with.
 
-    runs: rows by seed (of a seed that was run twice, the last). full: of each run, the row on full data for the most
-    epochs; None where there is none of its seed. curves: of each run, all rows on full data with full's other flags.
+    runs: rows by seed (of a seed that was run twice, the last). full: for each, the row on full data with its seed, or
+    None. curves: for each, the rows on full data with its seed and any number of epochs.
     """
 
     runs: list
@@ -564,26 +568,28 @@ class Group:
 
 
 def groups(rows):
-    """Rows as a list of Group, in the order of their first rows."""
-    by_settings, full = {}, {}
+    """Rows as a list of Group, in the order of their first rows. The reference of a group is full data for the most
+    epochs, with the flags that are most like the group's."""
+    repeated = {}
     for row in rows:
-        key = (*task_of(row)[::2], row["args"]["method"], json.dumps(settings(row), sort_keys=True))
-        by_settings.setdefault(key, {})[row["args"]["seed"]] = row
-        if row["args"]["method"] == "full":
-            full.setdefault(task_of(row), {})[json.dumps(settings(row), sort_keys=True)] = row
+        key = task_of(row), row["args"]["method"], json.dumps(settings(row), sort_keys=True)
+        repeated.setdefault(key, {})[row["args"]["seed"]] = row
 
-    def reference(row):
-        candidates = list(full.get(task_of(row), {}).values())
-        alike = [sum(settings(row).get(flag) == value for flag, value in settings(other).items())
-                 - (settings(row).get("epochs") == settings(other).get("epochs")) for other in candidates]  # fmt: skip
-        candidates = [other for other, same in zip(candidates, alike) if same == max(alike)]
-        return max(candidates, key=lambda other: other["args"]["epochs"], default=None), candidates
+    def training(by_seed):
+        """Flags but the number of epochs, and that."""
+        flags = settings(next(iter(by_seed.values())))
+        return flags, flags.pop("epochs")
 
     found = []
-    for runs in by_settings.values():
-        runs = [runs[seed] for seed in sorted(runs)]
-        references, curves = zip(*map(reference, runs))
-        found.append(Group(runs, list(references), list(curves)))
+    for (task, *_), by_seed in repeated.items():
+        flags, _ = training(by_seed)
+        full = [(*training(other), other) for (same, method, _), other in repeated.items()
+                if (same, method) == (task, "full")]  # fmt: skip
+        alike = max(full, default=({}, 0, {}), key=lambda other: (len(flags.items() & other[0].items()), other[1]))
+        curve = [other for others, _, other in full if others == alike[0]]
+        seeds = sorted(by_seed)
+        found.append(Group([by_seed[seed] for seed in seeds], [alike[2].get(seed) for seed in seeds],
+                           [[other[seed] for other in curve if seed in other] for seed in seeds]))  # fmt: skip
     return found
 
 
@@ -591,7 +597,7 @@ def p_value(differences):
     """Two-sided p of the paired t-test: how probable a mean as far from 0, or farther, would be by chance. None for
     fewer than two differences or where all are equal."""
     n = len(differences)
-    if n < 2 or statistics.stdev(differences) == 0:
+    if n < 2 or statistics.stdev(differences) < 1e-9:  # equal but for rounding
         return None
     t = statistics.mean(differences) / (statistics.stdev(differences) / n**0.5)
     # With t = √ν·tan θ, Student's density is proportional to cos(θ)^(ν−1), which is easy to integrate.
@@ -620,19 +626,19 @@ def differing_flags(rows):
     they differ for the same method; all others, where they differ at all."""
     values = {}
     for row in rows:
-        args = row["args"]
-        for flag, value in settings(row).items():
-            among = (args["dataset"], flag, *(args.get(name) for name in ("method", "selection") if flag in PRUNING))
-            values.setdefault(among, set()).add(json.dumps(value))
-    shown = {"dataset", "method", "selection", "keep", "epochs", *TASK}
+        flags = settings(row)
+        for flag, value in flags.items():
+            method = (row["args"]["method"], flags.get("selection")) if flag in PRUNING else ()
+            values.setdefault((row["args"]["dataset"], flag, *method), set()).add(json.dumps(value))
+    shown = {"dataset", "method", "selection", "keep", "epochs"}
     return {flag for (_, flag, *_), found in values.items() if len(found) > 1} - shown
 
 
-def describe(args, flags):
+def describe(row, flags):
     """What a run did, in few words. flags: those to name."""
-    ignored = PRUNING if args["method"] == "full" else set()
-    named = [f"{flag.replace('_', '-')} {args[flag]}" for flag in sorted(flags - ignored) if flag in args]
-    return ", ".join([args["method"]] + ["static"] * (args.get("selection") == "static") + named)
+    own = settings(row)
+    named = [f"{flag.replace('_', '-')} {own[flag]}" for flag in sorted(flags & own.keys())]
+    return ", ".join([row["args"]["method"]] + ["static"] * (own.get("selection") == "static") + named)
 
 
 def kept_share(args):
@@ -652,7 +658,7 @@ def table(rows):
         args = group.args
         metrics = {name: [reported(row)[name] for row in group.runs] for name in reported(group.runs[0])}
         lines.append("| " + " | ".join([
-            args["dataset"], describe(args, flags), kept_share(args), str(args["epochs"]),
+            args["dataset"], describe(group.runs[0], flags), kept_share(args), str(args["epochs"]),
             str(len(group.runs)), ", ".join(f"{name} {mean_and_deviation(column)}" for name, column in metrics.items()),
             difference(group.gains()) if group.compared else "–",
             difference(group.equal_time_gains()) if group.compared and args["method"] != "full" else "–",
@@ -670,9 +676,9 @@ def table(rows):
     return "\n".join([*lines, "", note])
 
 
-def page(rows, command):
-    """Markdown: the picture, the targets and the table of rows. command: what makes it."""
-    parts = ["# Results", f"Made by `{command}`.", "![accuracy over time](figure.svg)", "## The targets",
+def page(rows, command, picture=True):
+    """Markdown: the picture, if there is one, the targets and the table of rows. command: what makes it."""
+    parts = ["# Results", f"Made by `{command}`.", *["![accuracy over time](figure.svg)"] * picture, "## The targets",
              targets(rows) or "No run with a share and a number of epochs for which there is a target.",
              "## All runs", table(rows)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -695,8 +701,9 @@ def targets(rows):
     for group in groups(rows):
         args = group.args
         aimed_at = args["keep"] in TARGETS and args["epochs"] in (10, 40) and args.get("selection") != "static"
-        if aimed_at and args["method"] not in ("full", "infobatch") and group.compared:
-            found.setdefault((args["keep"], describe(args, flags), args["epochs"]), []).append(group)
+        aimed_at = aimed_at and args["method"] not in ("full", "infobatch") and group.compared
+        if aimed_at and all(full["args"]["epochs"] == args["epochs"] for full in group.full):
+            found.setdefault((args["keep"], describe(group.runs[0], flags), args["epochs"]), []).append(group)
     for (keep, name, epochs), same in sorted(found.items(), key=lambda item: (-item[0][0], item[0][2], item[0][1])):
         lost, at_10, at_40, paper = TARGETS[keep]
         gain = statistics.mean(statistics.mean(group.gains()) for group in same)
@@ -711,55 +718,56 @@ def targets(rows):
 
 def figure(rows, path):
     """Draw accuracy over time, a panel a dataset, to path.svg and path.png: means with standard deviations, the line of
-    full data with fewer and fewer epochs, the band of full data, and the Pareto front."""
+    full data for fewer and fewer epochs, the band of full data, and the Pareto front. Needs a reference for every run
+    that is to be drawn."""
     plt = pyplot()
-    flags = differing_flags(rows)
-    by_dataset = {}
+    flags, panels = differing_flags(rows), {}
     for group in groups(rows):
         if None not in group.full:
-            by_dataset.setdefault(group.args["dataset"], []).append(group)
-    if not by_dataset:
-        return
-    names = sorted({describe(group.args, flags) for same in by_dataset.values() for group in same} - {"full"})
+            panels.setdefault(task_of(group.runs[0]), []).append(group)
+    names = sorted({describe(group.runs[0], flags) for drawn in panels.values() for group in drawn})
     style = {name: {"color": f"C{i % 10}", "marker": "os^Dv<>pP*Xdh8"[i % 14]} for i, name in enumerate(names)}
-    size = (6 * len(by_dataset), 5.2)
-    fig, axes = plt.subplots(1, len(by_dataset), figsize=size, squeeze=False, layout="constrained")
-    for ax, (dataset, same) in zip(axes[0], by_dataset.items()):
-        points = {}
-        for group in same:
-            times, accuracy = group.times(), [accuracy_of(row) for row in group.runs]
-            spread = statistics.stdev if len(times) > 1 else lambda values: 0.0
-            points[id(group)] = (100 * statistics.mean(times), statistics.mean(accuracy), 100 * spread(times),
-                                 spread(accuracy))  # fmt: skip
-        full = sorted(points[id(group)] for group in same if group.args["method"] == "full")
-        _, top, _, band = full[-1]
-        ax.axhspan(top - band, top + band, color="0.9", zorder=0)
-        ax.axhline(top, color="0.5", lw=0.8, zorder=1)
-        ax.errorbar(*zip(*[(x, y) for x, y, _, _ in full]), yerr=[dy for *_, dy in full], color="black", marker=".",
-                    capsize=2, lw=1.2, label="full data, fewer epochs", zorder=3)  # fmt: skip
-        front, best = [], -np.inf
-        for x, y, _, _ in sorted(points.values()):
-            if y > best:
-                front, best = [*front, (x, y)], y
-        ax.plot(*zip(*front), color="goldenrod", lw=5, alpha=0.35, zorder=2, label="Pareto front")
-        seen = set()
-        for group in same:
-            name = describe(group.args, flags)
-            if name in style:
-                x, y, dx, dy = points[id(group)]
-                ax.errorbar(x, y, xerr=dx, yerr=dy, ls="", capsize=2, lw=0.8, ms=6, zorder=4,
-                            label=None if name in seen else name, **style[name])  # fmt: skip
-                ax.annotate(f"{100 * group.args['keep']:g}", (x, y), xytext=(4, 4), textcoords="offset points", size=7)
-                seen.add(name)
-        ax.set(title=f"{dataset} (n = {min(len(group.runs) for group in same)} to "
-                     f"{max(len(group.runs) for group in same)})",
-               xlabel="time, % of full data's", ylabel=f"{main_metric(same[0].runs[0])}, %")  # fmt: skip
-        ax.legend(fontsize=7, loc="lower right")
+    columns = max(1, min(3, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
+    fig, axes = plt.subplots(lines, columns, figsize=(6 * columns, 5 * lines), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, drawn in zip(axes.flat, panels.values()):
+        panel(ax, drawn, flags, style)
     save_picture(fig, path)
+    plt.close(fig)
+
+
+def panel(ax, drawn, flags, style):
+    """One dataset's Groups. style: of markers, by description."""
+    points = []
+    for group in drawn:
+        times, accuracy = [100 * time for time in group.times()], [accuracy_of(row) for row in group.runs]
+        spread = statistics.stdev if len(times) > 1 else lambda _: 0.0
+        points.append((statistics.mean(times), statistics.mean(accuracy), spread(times), spread(accuracy)))
+    names = [describe(group.runs[0], flags) for group in drawn]
+    reference = [group.runs == group.full for group in drawn].index(True)
+    _, top, _, band = points[reference]
+    ax.axhspan(top - band, top + band, color="0.9", zorder=0)
+    ax.axhline(top, color="0.5", lw=0.8, zorder=1)
+    x, y, _, dy = zip(*sorted(point for name, point in zip(names, points) if name == names[reference]))
+    ax.errorbar(x, y, yerr=dy, color="black", marker=".", capsize=2, lw=1.2, label="full data, fewer epochs", zorder=3)
+    front = [point for point in sorted(points) if point[1] > max([y for x, y, *_ in points if x < point[0]], default=0)]
+    ax.plot([x for x, *_ in front], [y for _, y, *_ in front], color="goldenrod", lw=5, alpha=0.35, zorder=2,
+            label="Pareto front")  # fmt: skip
+    for group, name, (x, y, dx, dy) in zip(drawn, names, points):
+        if name != names[reference]:
+            label = None if name in ax.get_legend_handles_labels()[1] else name
+            ax.errorbar(x, y, xerr=dx, yerr=dy, ls="", capsize=2, lw=0.8, ms=6, zorder=4, label=label, **style[name])
+            ax.annotate(kept_share(group.args), (x, y), xytext=(4, 4), textcoords="offset points", size=7)
+    counts = sorted({len(group.runs) for group in drawn})
+    ax.set(title=f"{drawn[0].args['dataset']} (n = {' to '.join(map(str, sorted({counts[0], counts[-1]})))})",
+           xlabel="time, % of full data's", ylabel=f"{main_metric(drawn[0].runs[0])}, %")  # fmt: skip
+    ax.legend(fontsize=7, loc="lower right")
 
 
 def pyplot():
-    """matplotlib's, which only pictures need. ImportError where it is not installed."""
+    """matplotlib's, which only pictures need."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -807,12 +815,15 @@ def kept_picture(folder, path):
                  f"{np.all(keep, axis=0).mean():.0%} always")  # fmt: skip
     fig.colorbar(image, label="share kept")
     save_picture(fig, path)
+    plt.close(fig)
 
 
 def likely_errors(folder, count=20):
     """Markdown: the train examples on which a run's scores are highest in the last round, in words, with their labels,
     which may be wrong."""
     args, rounds = read_config(folder)["args"], read_round_files(folder)
+    if args["method"] == "random":
+        raise RunError(f"{folder}: its scores are random, and say nothing about labels")
     epoch, scored = max(rounds.items())
     examples = read(args["dataset"], args.get("data_dir"))["train"]
     examples = examples.take(range(min(args.get("max_train") or len(examples), len(examples))))
@@ -838,32 +849,34 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folders = [Path(path) for path in args.paths if Path(path).is_dir()]
     files = [path for path in args.paths if not Path(path).is_dir()]
-    pages, pictures = {}, []
+    to, can_draw = Path(args.to) if args.to else None, importlib.util.find_spec("matplotlib") is not None
     try:
+        if to and len(folders) > 1:
+            raise RunError("--to takes the folder of one run at a time")
+        if to:
+            to.mkdir(parents=True, exist_ok=True)
         if files:
             rows = read_rows(files)
             if not rows:
                 raise RunError(f"no rows in {', '.join(files)}; train.py adds one a run")
             print("\n\n".join(filter(None, (table(rows), targets(rows)))))
-            pages["results.md"] = page(rows, f"python report.py {' '.join(files)} --to {args.to}")
-            pictures.append((figure, rows, "figure"))
+            if to and can_draw:
+                figure(rows, to / "figure")
+            if to:
+                command = f"python report.py {' '.join(files)} --to {args.to}"
+                (to / "results.md").write_text(page(rows, command, can_draw), encoding="utf-8")
         for folder in folders:
             print(errors := likely_errors(folder, args.errors))
-            pages["likely_errors.md"] = f"# Likely label errors\n\n{errors}\n"
-            pictures.append((kept_picture, folder, "kept"))
-        if args.to:
-            Path(args.to).mkdir(parents=True, exist_ok=True)
-            for name, text in pages.items():
-                Path(args.to, name).write_text(text, encoding="utf-8")
-            for draw, what, name in pictures:
-                draw(what, Path(args.to, name))
-            print(f"\nwritten to {args.to}/")
-    except ImportError:
-        print("report.py: no pictures were drawn, for want of matplotlib: pip install -r requirements-dev.txt",
-              file=sys.stderr)
+            if to and can_draw:
+                kept_picture(folder, to / "kept")
+            if to:
+                (to / "likely_errors.md").write_text(f"# Likely label errors\n\n{errors}\n", encoding="utf-8")
     except (OSError, RunError, DataError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
+    if to:
+        note = "" if can_draw else "; without pictures, which need matplotlib: pip install -r requirements-dev.txt"
+        print(f"\nwritten to {to}/{note}")
     return 0
 
 

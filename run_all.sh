@@ -2,12 +2,13 @@
 # All results: each block below is one kind of row in the table. What the results file has already is not run again.
 #
 #   bash run_all.sh                   all of it, one run after the other, then the report
-#   bash run_all.sh --list            the commands alone, one a line, for other machines: … | xargs -P 4 -I {} bash -c {}
+#   bash run_all.sh --list            the commands alone, one a line: … | xargs -d '\n' -n 1 -P 4 bash -c
 #   SMOKE=1 bash run_all.sh           a tiny pass through all of it, in minutes
 #   PAPER=1 bash run_all.sh           the paper's setting: RoBERTa-base, 40 epochs (GLUE: 10), a constant rate, five seeds
 #   DATASETS="snips" METHODS="full el2n" KEEPS="0.5" SEEDS="0" MODEL=roberta-base EPOCHS=20 OUT=elsewhere bash run_all.sh
 #
-# Any other flags go to every run: bash run_all.sh --lr 1e-4
+# Any other flags go to every run: bash run_all.sh --lr 1e-4. Another number of epochs belongs into another OUT, as the
+# report compares with full data for the most epochs.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -34,20 +35,32 @@ run() {
         return
     fi
     "${command[@]}" || status=$?
-    if [ $status -gt 128 ]; then exit $status; fi # interrupted
+    if [ $status = 130 ] || [ $status = 143 ]; then exit $status; fi # interrupted
     if [ $status -ne 0 ]; then failed=$((failed + 1)); fi
 }
 
 # wanted METHOD: whether it is among those asked for.
-wanted() { [[ " ${METHODS:-full random el2n loss infobatch} " == *" $1 "* ]]; }
+METHODS=${METHODS:-full random el2n loss infobatch}
+wanted() { [[ " $METHODS " == *" $1 "* ]]; }
+for method in $METHODS; do
+    if [[ " full random el2n loss forgetting grand infobatch " != *" $method "* ]]; then
+        echo "run_all.sh: error: METHODS: $method is none of: full random el2n loss forgetting grand infobatch" >&2
+        exit 2
+    fi
+done
+
+# passes METHOD: the paper scores every example in every round.
+passes() { if [ "${PAPER:-}" ] && [[ $1 == el2n || $1 == loss ]]; then echo --rescore all; fi; }
 
 for seed in ${SEEDS:-0 1 2}; do
     for dataset in ${DATASETS:-snips atis cola slurp mtop mrpc rte sst2}; do
         epochs=${EPOCHS:-10} schedule=()
-        if [ "${PAPER:-}" ] && [[ " $glue " == *" $dataset "* ]]; then
-            schedule=(--ema 1 --std-weight 0) # its scores of GLUE are not smoothed
-        elif [ "${PAPER:-}" ]; then
-            epochs=${EPOCHS:-40} schedule=(--full-epochs 4 --cycle 4)
+        if [ "${PAPER:-}" ]; then
+            if [[ " $glue " == *" $dataset "* ]]; then
+                schedule=(--ema 1 --std-weight 0) # scores of GLUE are not smoothed
+            else
+                epochs=${EPOCHS:-40} schedule=(--full-epochs 4 --cycle 4)
+            fi
         fi
         each() { run --dataset "$dataset" --seed "$seed" "$@"; }
 
@@ -59,21 +72,22 @@ for seed in ${SEEDS:-0 1 2}; do
         fi
 
         # Dynamic selection, at each share. Random draws anew every round.
-        for method in random el2n loss forgetting grand; do
-            for keep in ${KEEPS:-0.5 0.3 0.2}; do
+        for keep in ${KEEPS:-0.5 0.3 0.2}; do
+            for method in random el2n loss forgetting grand; do
                 if wanted $method; then
-                    each --method $method --keep "$keep" --epochs "$epochs" ${schedule[@]+"${schedule[@]}"} "$@"
+                    each --method $method --keep "$keep" --epochs "$epochs" ${schedule[@]+"${schedule[@]}"} $(passes $method) "$@"
                 fi
             done
         done
 
-        # Static selection: scored once, trained from the start on what is kept.
-        for method in random el2n; do
-            for keep in ${KEEPS:-0.5 0.3 0.2}; do
-                if wanted $method; then
-                    each --method $method --selection static --keep "$keep" --epochs "$epochs" "$@"
-                fi
-            done
+        # Static selection: scored once, then trained from the start on what is kept.
+        for keep in ${KEEPS:-0.5 0.3 0.2}; do
+            if wanted random; then
+                each --method random --selection static --keep "$keep" --epochs "$epochs" "$@"
+            fi
+            if wanted el2n; then
+                each --method el2n --selection static --keep "$keep" --epochs "$epochs" ${schedule[@]+"${schedule[@]}"} "$@"
+            fi
         done
 
         # InfoBatch: drops half of those below the mean loss, at random, every epoch.

@@ -11,6 +11,8 @@ from data import IGNORE, sorted_batches
 from data.parallel import add_up, share
 from models import EmbeddingRows, infer, losses
 
+NEVER = 2.0**16  # the score of what has not been right yet, above any number of events; nor been scored at all
+
 
 def el2n(outputs, batch):
     """EL2N: ‖p − onehot(y)‖₂ (Paul et al. 2021). For joint intent/slot data, of all error vectors laid end to end:
@@ -23,12 +25,6 @@ def el2n(outputs, batch):
     if tag_logits is not None:
         squared = squared + squared_error(tag_logits, batch.tags).sum(1)
     return squared.sqrt()
-
-
-def rms(outputs, batch):
-    """EL2N per decision: χ / sqrt(1 + words), the root mean square over the error vectors of intent and words. (B,)"""
-    words = 0 if outputs[1] is None else (batch.tags != IGNORE).sum(1)
-    return el2n(outputs, batch) / (1 + words) ** 0.5
 
 
 def squared_error(logits, gold):
@@ -45,7 +41,7 @@ def squared_error(logits, gold):
 def forgetting(outputs, batch, before):
     """Forgetting events (Toneva et al. 2019): how often an example was right at one of its training steps and wrong at
     its next; NEVER until it is first right. Right: intent and every tag. Less ½ while it is right, so that of equal
-    counts those wrong now come first.
+    counts those wrong now come first. They are counted while an example is trained on: once dropped, it gains none.
 
     before: (B,) its score before this step, from which the events go on being counted.
     """
@@ -58,11 +54,9 @@ def forgetting(outputs, batch, before):
     return torch.where(right, torch.where(before == NEVER, 0, events) - 0.5, events + was_right)
 
 
-NEVER = 2.0**16  # above any number of events
-
-
 def gradient_norm(model, batch):
-    """GraNd (Paul et al. 2021) of a batch of one: ‖∇ loss‖₂ over all weights, with the model as it is, in fp32. ()"""
+    """GraNd (Paul et al. 2021) of a batch of one: ‖∇ loss‖₂ over all weights, (). Of this one model, where the paper
+    averages over several; in bf16 where the weights are."""
     losses(model(batch), batch).sum().backward()
     squared = 0.0
     for module in model.modules():
@@ -79,17 +73,17 @@ def gradient_norm(model, batch):
     return squared.sqrt()
 
 
-SCORES = {"el2n": el2n, "rms": rms, "loss": losses, "forgetting": forgetting, "infobatch": losses}
-METHODS = ["full", "random", *SCORES, "grand"]
-WATCHED = ("forgetting", "infobatch")  # known from the training pass alone
+SCORES = {"el2n": el2n, "loss": losses}
+WATCHED = ("forgetting", "infobatch")  # methods whose scores come from training steps alone
+METHODS = ("full", "random", *SCORES, *WATCHED, "grand")
 
 
 def score(model, split, method, indices=None, tokens=None):
     """Score the examples `indices` of `split` (None: all) with the current model, dropout off. Returns (N,) fp32, on
     the device of the split, 0 where nothing was scored.
 
-    method: "el2n", "loss", any other score of a batch's outputs, or "grand", which costs a backward pass of its own for
-    each example. tokens: most tokens a batch, as in sorted_batches. Several processes share the batches; all get all.
+    method: a key of SCORES, or "grand", which takes a backward pass of its own for each example. tokens: most tokens a
+    batch, as in sorted_batches. Several processes share the batches; all get all scores.
     """
     scores = torch.zeros(len(split), device=split.tokens.device)
     cut = share(sorted_batches(split, indices, tokens))
@@ -109,8 +103,8 @@ class Scorer:
     """The newest score of every example of a split.
 
     rescore: which examples a pass goes over when scores are asked for: "all"; those "untrained" in the last epoch; or
-    "none". The others' are from their last training step: for next to nothing, but with dropout on, and of a model up
-    to an epoch younger.
+    "none". The others' are those of their last training step: for next to nothing, but with dropout on, and of a model
+    up to an epoch younger.
     """
 
     def __init__(self, split, method, rescore):
@@ -121,10 +115,12 @@ class Scorer:
     @torch.no_grad()
     def watch(self, outputs, batch):
         """Take the scores of a training step's examples from its outputs."""
-        if self.method in SCORES and self.rescore != "all":
+        if self.rescore != "all":
             rows = torch.as_tensor(batch.indices, device=self.scores.device)
-            before = (self.scores[rows],) if self.method == "forgetting" else ()
-            self.scores[rows] = SCORES[self.method](outputs, batch, *before).float()
+            if self.method == "forgetting":
+                self.scores[rows] = forgetting(outputs, batch, self.scores[rows])
+            else:
+                self.scores[rows] = SCORES["loss" if self.method == "infobatch" else self.method](outputs, batch)
             self.watched[rows] = 1
 
     def gather(self):
@@ -145,4 +141,7 @@ class Scorer:
             rows = torch.as_tensor(stale, device=fresh.device)
             self.scores[rows] = fresh[rows]
         scores = self.scores.cpu().numpy().copy()
-        return scores + rng.random(n, dtype=np.float32) / 2 if self.method == "forgetting" else scores
+        if self.method == "forgetting":
+            most = scores[scores < NEVER].max(initial=0)
+            scores = scores.clip(max=most + 1) + rng.random(n, dtype=np.float32) / 2
+        return scores

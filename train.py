@@ -2,8 +2,8 @@
 
     python train.py --dataset demo --keep 0.5
 
-τ epochs on everything; then, every T epochs, score all examples, keep the share k with the highest scores, and train
-on those. Read `train()` first: it is the whole method in one loop.
+τ epochs on everything; then, every T epochs, score the examples, keep the share k with the highest scores, and train on
+those. Read `train()` first: it is the whole method in one loop.
 """
 
 import time
@@ -14,7 +14,6 @@ import argparse
 import os
 import signal
 import sys
-from copy import deepcopy
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports without a traceback
@@ -43,7 +42,7 @@ def train(model, data, schedule, args, clock, folder):
     step, kept, weights, log = 0, everything, equal, []
     with clock("load"):
         optimizer = FlatAdamW(model, args.precision, args.clip)
-        pretrained = deepcopy(optimizer.state()) if schedule.static else None
+        pretrained = {"master": optimizer.master.cpu().numpy().copy()}
         identity = report.identity(args, data, optimizer.weights)
         if state := report.load_checkpoint(folder, identity):
             step, kept, log = state["step"], state["kept"], state["log"]
@@ -52,7 +51,7 @@ def train(model, data, schedule, args, clock, folder):
             optimizer.load(state["optimizer"])
             vars(smooth).update(state["smooth"])
             clock.add(state["seconds"])
-        report.opening(args, data, folder, log)
+        report.opening(args, data, folder, log, schedule.total)
     clock.lap()
 
     for epoch in range(len(log), schedule.total):
@@ -68,10 +67,11 @@ def train(model, data, schedule, args, clock, folder):
                 kept, weights = choose(importance, labels, args, rng)
                 weights = torch.as_tensor(weights, device=args.device)
                 report.save_round(folder, epoch + 1, scores, importance, kept)  # on the clock, as only pruning needs it
+                if schedule.restarts_at(epoch):
+                    optimizer.load(pretrained)
         elif schedule.full_at(epoch):
             kept, weights = everything, equal
-        if schedule.restarts_at(epoch):
-            optimizer.load(pretrained)
+        watching = any(map(schedule.prunes_at, range(epoch + 1, schedule.total)))
 
         model.train()
         loss_sum = torch.zeros((), device=args.device)
@@ -85,7 +85,8 @@ def train(model, data, schedule, args, clock, folder):
                     outputs = model(batch)
                     loss = losses(outputs, batch)
                     (loss @ weights[mine] / len(indices)).backward()
-                    scorer.watch(outputs, batch)
+                    if watching:
+                        scorer.watch(outputs, batch)
                     loss_sum += loss.detach().sum()
                 done = schedule.progress(epoch + i / len(cut))
                 optimizer.step(args.lr * (1 - done) if args.schedule == "linear" else args.lr)
@@ -140,19 +141,19 @@ def parse(argv=None):
         help="the score that decides what is kept: %(choices)s; full keeps everything (el2n)")
     add("--keep", type=float, default=0.5, metavar="k",
         help="k = 1 - ρ: share of train examples kept, in (0, 1]; infobatch: of those with a loss below the mean (0.5)")
-    add("--epochs", type=int, default=10, metavar="E", help="E: epochs in all (10)")
+    add("--epochs", type=int, default=10, metavar="E", help="E: epochs in all; static: after τ others (10)")
     add("--full-epochs", type=int, metavar="τ",
-        help="τ: epochs on everything before the first selection (2; infobatch: 1)")
+        help="τ: epochs on everything before the first selection (2; infobatch: 1; random static: 0)")
     add("--cycle", type=int, metavar="T", help="T: epochs from one selection to the next (2; infobatch: 1)")
     add("--full-end", type=int, metavar="F", help="F: last epochs, on everything again (0; infobatch: an eighth of E)")
     add("--selection", default="dynamic", choices=["dynamic", "static"],
         help="dynamic: every T epochs anew; static: once, after τ epochs, to train E epochs from the start (dynamic)")
     add("--rescore", choices=["all", "untrained", "none"],
-        help="examples that selection makes a scoring pass for: all; those not trained on in the last epoch; none. The "
-        "others' scores are from their last training step (untrained; grand: all)")
-    add("--ema", type=float, metavar="α",
-        help="α: weight of the newest score in the moving average over rounds, in (0, 1]; 1 is no smoothing (0.8)")
-    add("--std-weight", type=float, metavar="c", help="c: weight of the scores' deviation over rounds (1)")
+        help="what a selection makes a scoring pass over: all; what was not trained on in the last epoch; none. Others "
+        "have the score of their last training step (untrained; static, grand: all; forgetting, infobatch: none)")
+    add("--ema", type=float, metavar="α", help="α: weight of the newest score in the average over rounds, in (0, 1] "
+        "(0.8; random, forgetting, infobatch: 1, which is no smoothing)")
+    add("--std-weight", type=float, metavar="c", help="c: weight of the scores' deviation over rounds (1; those: 0)")
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
     add("--stratify", action="store_true", help="keep equally many from each of 50 ranges of scores, at random")
     add("--class-floor", type=int, default=0, metavar="N", help="keep at least N examples of each label (0)")
@@ -205,8 +206,8 @@ def parse(argv=None):
     check("full-epochs", args.full_epochs >= (args.method != "random"), "at least 1 (random: 0)")
     check("full-end", args.full_end >= 0, "at least 0")
     check("class-floor", args.class_floor >= 0, "at least 0")
-    check("full-epochs", args.keep == 1 or args.full_epochs + args.full_end < args.epochs,
-          f"below --epochs {args.epochs} less --full-end {args.full_end}, or nothing is ever pruned")
+    pruned = args.epochs - args.full_end - args.full_epochs * (args.selection == "dynamic")
+    check("full-epochs", args.keep == 1 or pruned > 0, "lower, or --full-end, or nothing is ever pruned")
     check("rescore", args.rescore == "none" or args.method not in WATCHED, "none: it is known from training alone")
     check("rescore", args.rescore == "all" or args.method not in ("grand", "random"), "all")
     ruled = args.selection == "static" or args.offset or args.stratify or args.class_floor
@@ -235,7 +236,7 @@ def run(args, start=None):
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)
         size = kept_size(len(data.train), args.keep)
-        if size < args.batch_size:
+        if size < args.batch_size and args.method != "infobatch":
             raise RunError(f"--keep {args.keep:g}: that is {size} of {len(data.train)} train examples, less than one "
                            f"batch of {args.batch_size}; take more examples, or lower --batch-size")
         model = NLUModel.build(args.model, tokenizer, data, args.seed)

@@ -43,10 +43,36 @@ def test_the_reference_is_full_data_for_the_most_epochs_and_the_most_alike_in_ot
     assert cells([full, row(seed=0), row(seed=1)])[1][9] == "–"  # not of all n seeds
 
 
+def test_one_reference_serves_all_seeds_of_a_group():
+    """Seed 1's run for 10 epochs is missing: 7 epochs do not stand in for it."""
+    rows = [row("full", 0, 90, 100), row("full", 0, 88, 70, epochs=7), row("full", 1, 89, 70, epochs=7),
+            row("el2n", 0, 90, 60), row("el2n", 1, 90, 60)]  # fmt: skip
+    assert [line[6] for line in cells(rows)] == ["–", "–", "–"]
+    assert cells([*rows[:2], rows[3]])[2][6] == "+0.00"
+
+
+def test_targets_are_for_the_same_number_of_epochs():
+    rows = [row("full", 0, 90, 100), row("el2n", 0, 90, 65), row("full", 0, 92, 400, epochs=40)]
+    assert report.targets(rows) == "" and "35.0" in report.targets(rows[:2])
+
+
+def test_rows_from_before_a_flag_did_what_it_now_says():
+    old, new = row(), row(selection="dynamic", rescore="untrained", full_end=0, stratify=False, class_floor=0)
+    assert [line[1] for line in cells([old, new])] == ["el2n, rescore all", "el2n, rescore untrained"]
+    assert len(cells([old, row(seed=1, selection="dynamic", rescore="all")])) == 1
+
+
+def test_models_and_cut_data_are_told_apart():
+    rows = [row("full", 0, model="a"), row("full", 0, model="b"), row(model="b", keep=0.5)]
+    assert [line[1] for line in cells(rows)] == ["full, model a", "full, model b", "el2n, model b"]
+    assert cells([row("full"), row(max_train=100)])[1][6] == "–"
+
+
 def test_full_data_in_the_same_time_is_read_off_between_its_runs():
     full = [row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5)]
     assert cells([*full, row("el2n", 0, 89, 75)])[2][7] == "+4.00"  # above 85
     assert cells([*full, row("el2n", 0, 89, 40)])[2][7] == "–"  # sooner than any
+    assert cells([*full, row("full", 0, 10, 70, lr=9e-4), row("el2n", 0, 89, 75)])[3][7] == "+4.00"  # of one curve
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
@@ -60,6 +86,7 @@ def test_p_is_that_of_the_paired_t_test(rng, n):
 
 def test_only_a_difference_over_seeds_is_called_one():
     assert report.p_value([1.0]) is None and report.p_value([1.0, 1.0]) is None
+    assert report.p_value([100 * ((k + 5) / 893) - 100 * (k / 893) for k in (771, 772, 780)]) is None  # five more right
     assert report.difference([1.0]) == "+1.00" and report.difference(None) == "–"
     assert report.difference([-1.0, -1.1, -0.9]).startswith("**-1.00 ± 0.10** (p 0.00")
     assert report.difference([-1.0, 1.2, -0.9]).startswith("-0.23 ± 1.24 (p 0.7")
@@ -83,7 +110,10 @@ def test_targets_are_means_over_datasets_and_say_what_is_missed():
 
 def test_page_and_picture_are_the_same_whenever_they_are_made(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5), row("el2n", 0, 91, 60), row("el2n", 1, 90, 70)]
+    new = {"selection": "dynamic", "rescore": "untrained", "full_end": 0, "stratify": False, "class_floor": 0}
+    rows = [row("full", 0, 90, 100, **new), row("full", 0, 80, 50, epochs=5, **new), row("full", 1, 91, 100, **new),
+            row("full", 1, 91, 150, lr=9e-4), row("el2n", 0, 91, 60, **new), row("el2n", 1, 90, 70, **new),
+            row("infobatch", 1, 92, 80, **new | {"rescore": "none"}), row("full", 0, 9, 9, dataset="e")]  # fmt: skip
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("one", "two"):
         assert report.main([str(tmp_path / "results.jsonl"), "--to", str(tmp_path / name)]) == 0
@@ -92,14 +122,17 @@ def test_page_and_picture_are_the_same_whenever_they_are_made(tmp_path):
     assert report.table(rows) in made["results.md"].decode()
     for name in ("figure.svg", "figure.png"):
         assert made[name] == (tmp_path / "two" / name).read_bytes()
-    assert made["figure.png"].startswith(b"\x89PNG")
+    assert made["figure.png"].startswith(b"\x89PNG") and b"full data, fewer epochs" in made["figure.svg"]
+    for drawn in (b"el2n, lr 0.0001", b"infobatch, lr 0.0001", b"full, lr 0.0009", b"r = 50 %", b"e (n = 1)"):
+        assert drawn in made["figure.svg"]
 
 
 def test_without_matplotlib_there_is_the_page_and_a_word_about_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "results.jsonl").write_text(json.dumps(row("full")))
     assert report.main([str(tmp_path / "results.jsonl"), "--to", str(tmp_path / "to")]) == 0
-    assert "no pictures were drawn, for want of matplotlib" in capsys.readouterr().err
+    assert "without pictures, which need matplotlib: pip install" in capsys.readouterr().out
+    assert "figure.svg" not in (tmp_path / "to" / "results.md").read_text()
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["results.md"]
 
 

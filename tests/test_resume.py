@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,13 @@ def log_of(folder):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("flags", [
-    ("--precision", "fp32"), ("--precision", "bf16"), ("--save-every", "3"), ("--method", "random"),
-    ("--method", "full"), ("--schedule", "constant", "--cycle", "3"),
+@pytest.mark.parametrize(("flags", "epoch"), [
+    *product([("--precision", "fp32"), ("--precision", "bf16"), ("--save-every", "3"), ("--method", "random"),
+              ("--method", "full"), ("--schedule", "constant", "--cycle", "3")], [1, 4]),
+    # In a checkpoint for these alone: the weights of examples, scores of training steps, the pretrained weights.
+    *product([("--method", "infobatch", "--cycle", "2"), ("--method", "forgetting", "--cycle", "2"),
+              ("--selection", "static")], [2, 3, 4]),
 ])  # fmt: skip
-@pytest.mark.parametrize("epoch", [1, 4])
 def test_a_killed_run_ends_as_if_it_had_not_been(command, whole, monkeypatch, flags, epoch):
     """Between an epoch's log line and its checkpoint, where the log is ahead of what can be gone on with."""
     wanted = whole(*flags)

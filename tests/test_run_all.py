@@ -44,12 +44,23 @@ def test_settings_choose_what_is_run():
 
 
 def test_the_papers_setting():
-    config = parse(listed(PAPER="1", DATASETS="snips", METHODS="el2n", KEEPS="0.5", SEEDS="0")[0].split()[2:])
-    wanted = {"model": "roberta-base", "epochs": 40, "full_epochs": 4, "cycle": 4, "lr": 2e-5, "schedule": "constant",
-              "batch_size": 32, "ema": 0.8, "std_weight": 1.0, "clip": 1 / 32}  # fmt: skip
-    assert {name: vars(config)[name] for name in wanted} == wanted
-    glue = parse(listed(PAPER="1", DATASETS="cola", METHODS="el2n", KEEPS="0.5", SEEDS="0")[0].split()[2:])
-    assert (glue.epochs, glue.ema, glue.std_weight) == (10, 1.0, 0.0)
+    settings = {"PAPER": "1", "METHODS": "el2n", "KEEPS": "0.5", "SEEDS": "0"}
+    common = {"model": "roberta-base", "lr": 2e-5, "schedule": "constant", "batch_size": 32, "clip": 1 / 32,
+              "rescore": "all"}  # fmt: skip
+    joint = common | {"epochs": 40, "full_epochs": 4, "cycle": 4, "ema": 0.8, "std_weight": 1.0}
+    glue = common | {"epochs": 10, "ema": 1.0, "std_weight": 0.0}
+    for dataset, wanted in (("snips", joint), ("cola", glue)):
+        commands = listed(DATASETS=dataset, **settings)
+        assert len(commands) == 2  # dynamic and static
+        for command in commands:
+            config = vars(parse(command.split()[2:]))
+            assert {name: config[name] for name in wanted} == wanted
+
+
+def test_a_method_that_there_is_not_is_refused():
+    process = script("--list", METHODS="full el2m")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and said.count("\n") == 1 and "METHODS: el2m is none of" in said
 
 
 def test_started_again_it_repeats_no_finished_run(tiny, tmp_path):

@@ -145,8 +145,8 @@ def test_every_method_runs_and_counts_what_it_did(run, flags):
     assert all(scored["keep"].sum() in sizes for scored in rounds.values())
     if "infobatch" not in flags:
         assert set(sizes) == {400, 200}
-    assert row["args"]["rescore"] == {"forgetting": "none", "infobatch": "none", "grand": "all"}.get(
-        flags[1], flags[1] if flags[0] == "--rescore" else "untrained")
+    own = {"forgetting": "none", "infobatch": "none", "grand": "all", "static": "all"}
+    assert row["args"]["rescore"] == own.get(flags[1], flags[1] if flags[0] == "--rescore" else "untrained")
 
 
 def test_infobatch_keeps_all_above_the_mean_and_ends_on_everything(run):
@@ -239,8 +239,9 @@ BAD_FLAGS = {
     "--keep half": "invalid float value: 'half'",
     "--epochs 0": "--epochs 0: must be at least 1",
     "--full-epochs 0": "--full-epochs 0: must be at least 1 (random: 0)",
-    "--full-epochs 10": "--full-epochs 10: must be below --epochs 10",
-    "--full-epochs 5 --full-end 5": "--full-epochs 5: must be below --epochs 10 less --full-end 5",
+    "--full-epochs 10": "--full-epochs 10: must be lower, or --full-end, or nothing is ever pruned",
+    "--full-epochs 5 --full-end 5": "--full-epochs 5: must be lower",
+    "--selection static --full-end 10": "--full-epochs 2: must be lower",
     "--full-end -1": "--full-end -1: must be at least 0",
     "--class-floor -1": "--class-floor -1: must be at least 0",
     "--method forgetting --rescore all": "--rescore all: must be none",
