@@ -452,18 +452,20 @@ def command(model, out):
             "--precision", "fp32", "--device", "cpu", "--keep", "0.5", "--out", str(out)]
 
 
-def test_two_processes_do_what_one_does(still, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--method", "forgetting"], ["--method", "infobatch"]])
+def test_two_processes_do_what_one_does(still, tmp_path, flags):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, *command(still, tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run([*launcher, *command(still, tmp_path / "two"), *flags], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test   intent_acc") == 1  # one process speaks
-    one = train.run(train.parse(command(still, tmp_path / "one")[1:]))
+    one = train.run(train.parse([*command(still, tmp_path / "one")[1:], *flags]))
     two, = (json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines())
     assert two["environment"]["processes"] == 2 and one["environment"]["processes"] == 1
-    assert two["steps"] == one["steps"]
+    assert two["steps"] == pytest.approx(one["steps"], abs=1)
     first, second = (read_rounds(Path(row["folder"]))["epoch-003.npz"] for row in (one, two))
-    np.testing.assert_allclose(second["scores"], first["scores"], atol=2e-4)  # rounding, after 22 steps of Adam
+    alike = np.isclose(second["scores"], first["scores"], atol=2e-4)  # rounding, after 22 steps of Adam
+    assert alike.mean() > 0.98 if flags else alike.all()  # of a count, it can change a few
     assert np.mean(first["keep"] != second["keep"]) < 0.02
     for name, value in one["test"].items():
         assert two["test"][name] == pytest.approx(value, abs=2.0)
