@@ -183,7 +183,8 @@ def test_el2n_finds_planted_label_errors_after_training_and_not_before(tmp_path)
     data = load("demo", tokenizer)
     untrained = NLUModel.build(DEFAULT_MODEL, tokenizer, data, seed=0)
     assert share_found(score(untrained, data.train, "el2n").numpy(), 0.04) < 0.2
-    row = train.run(train.parse(["--epochs", "3", "--full-epochs", "2", "--keep", "0.1", "--out", str(tmp_path)]))
+    row = train.run(train.parse(["--epochs", "3", "--full-epochs", "2", "--keep", "0.1", "--rescore",
+                                 "all", "--out", str(tmp_path)]))
     with np.load(Path(row["folder"]) / "rounds" / "epoch-003.npz") as scored:
         scores = scored["scores"]
     assert share_found(scores, 0.02) > 0.5
