@@ -700,9 +700,9 @@ def targets(rows):
     found = {}
     for group in groups(rows):
         args = group.args
-        aimed_at = args["keep"] in TARGETS and args["epochs"] in (10, 40) and args.get("selection") != "static"
-        aimed_at = aimed_at and args["method"] not in ("full", "infobatch") and group.compared
-        if aimed_at and all(full["args"]["epochs"] == args["epochs"] for full in group.full):
+        aimed_at = (args["keep"] in TARGETS and args["epochs"] in (10, 40) and args.get("selection") != "static"
+                    and args["method"] not in ("full", "infobatch"))  # fmt: skip
+        if aimed_at and group.compared and all(full["args"]["epochs"] == args["epochs"] for full in group.full):
             found.setdefault((args["keep"], describe(group.runs[0], flags), args["epochs"]), []).append(group)
     for (keep, name, epochs), same in sorted(found.items(), key=lambda item: (-item[0][0], item[0][2], item[0][1])):
         lost, at_10, at_40, paper = TARGETS[keep]

@@ -304,6 +304,9 @@ def test_the_readme_counts_the_lines_of_every_file():
     assert f"is {method} lines, everything {sum(count.values()):,}." in readme
 
 
-def test_the_readme_shows_the_table_of_the_committed_rows():
+def test_page_and_readme_are_those_of_the_committed_rows():
+    """`python report.py results/main.jsonl --to results` would change nothing."""
     rows = report.read_rows([report.CHECKOUT / "results" / "main.jsonl"])
-    assert report.table(rows) in (report.CHECKOUT / "README.md").read_text(encoding="utf-8")
+    command = "python report.py results/main.jsonl --to results"
+    assert report.page(rows, command) == (report.CHECKOUT / "results" / "results.md").read_text(encoding="utf-8")
+    assert report.targets(rows) in (report.CHECKOUT / "README.md").read_text(encoding="utf-8")
