@@ -621,23 +621,26 @@ def difference(values):
     return text if p is None else f"{f'**{text}**' if p < 0.05 else text} (p {p:.2f})"
 
 
+def described_by(row, flag):
+    """Among which runs a flag may tell `row` apart: of pruning, those of its method; else, all. A tuple."""
+    return (flag, row["args"]["method"], settings(row).get("selection")) if flag in PRUNING else (flag,)
+
+
 def differing_flags(rows):
-    """Names of the flags that tell rows of one dataset apart and are no columns of a table: those of pruning, where
-    they differ for the same method; all others, where they differ at all."""
+    """The `described_by` of the flags that tell rows of one dataset apart and are no columns of a table, as a set."""
     values = {}
     for row in rows:
-        flags = settings(row)
-        for flag, value in flags.items():
-            method = (row["args"]["method"], flags.get("selection")) if flag in PRUNING else ()
-            values.setdefault((row["args"]["dataset"], flag, *method), set()).add(json.dumps(value))
-    shown = {"dataset", "method", "selection", "keep", "epochs"}
-    return {flag for (_, flag, *_), found in values.items() if len(found) > 1} - shown
+        for flag, value in settings(row).items():
+            if flag not in ("dataset", "method", "selection", "keep", "epochs"):
+                among = row["args"]["dataset"], described_by(row, flag)
+                values.setdefault(among, set()).add(json.dumps(value))
+    return {flag for (_, flag), found in values.items() if len(found) > 1}
 
 
 def describe(row, flags):
-    """What a run did, in few words. flags: those to name."""
+    """What a run did, in few words. flags: of `differing_flags`."""
     own = settings(row)
-    named = [f"{flag.replace('_', '-')} {own[flag]}" for flag in sorted(flags & own.keys())]
+    named = [f"{flag.replace('_', '-')} {own[flag]}" for flag in sorted(own) if described_by(row, flag) in flags]
     return ", ".join([row["args"]["method"]] + ["static"] * (own.get("selection") == "static") + named)
 
 

@@ -66,7 +66,8 @@ for seed in ${SEEDS:-0 1 2}; do
 
         # Full data; and for fewer epochs, the baseline that costs what pruning does ("equal time").
         if wanted full; then
-            for fewer in $(printf '%s\n' $epochs $((epochs * 7 / 10)) $((epochs / 2)) $((epochs * 3 / 10)) | sort -nru); do
+            for fewer in $(printf '%s\n' $epochs $((epochs * 7 / 10)) $((epochs / 2)) $((epochs * 4 / 10)) \
+                $((epochs * 3 / 10)) | sort -nru); do
                 if [ "$fewer" -gt 0 ]; then each --method full --epochs "$fewer" "$@"; fi
             done
         fi
