@@ -448,11 +448,11 @@ def summary(row):
             f"{row['scoring_cost']:.2f} epochs each. The same command with --method full measures it.",
         ]
     if args["dataset"] == "demo" and row["scoring_rounds"] and args["method"] != "random":
-        first = min((folder / "rounds").iterdir())
-        with np.load(first) as scored:
+        last = max((folder / "rounds").iterdir())
+        with np.load(last) as scored:
             found, planted = demo.errors_found(scored["scores"])
         lines.append(f"found  {found} of the {planted} wrong annotations planted in demo, among the {planted} highest "
-                     f"scores of the first round ({first.name})")
+                     f"scores of the last round ({last.name})")
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         where = json.dumps(f"{folder}/model", ensure_ascii=False)
