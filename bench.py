@@ -295,8 +295,8 @@ def measure(args):
         "scoring": padding(lengths, sorted_batches(data.train)),
     }
 
-    # What pruning costs, from these rates and from what EL2N would keep now: scores of each step's outputs; selections;
-    # and, from the second on, a pass over what was not kept.
+    # What pruning costs, from these rates and from what EL2N would keep now: selections; in the epoch before each, the
+    # scores of every step's outputs; and, before all but the first, a pass over what was not kept.
     full, tokens = n / rates[f"engine {best} training"], lengths[select(scores, 0.5)].sum() / lengths.sum()
     watching = watch_seconds(ours[best][2], data.train, args.batch_size) * n / args.batch_size
     selecting, passing = selection_seconds(scores), n / rates[f"engine {best} scoring"] * (1 - tokens)
@@ -304,7 +304,7 @@ def measure(args):
     for epochs, cycle in ((10, 2), (40, 4)):
         rounds = sum(map(Schedule(epochs, cycle, cycle, 0.5).prunes_at, range(epochs)))
         training = full * (cycle + tokens * (epochs - cycle))
-        cost = watching * (cycle + 0.5 * (epochs - cycle)) + selecting * rounds + passing * (rounds - 1)
+        cost = selecting * rounds + watching * (1 + 0.5 * (rounds - 1)) + passing * (rounds - 1)
         result["pruning"][f"T = {cycle}, {epochs} epochs"] = {
             "overhead": cost / (training + cost), "saved": 1 - (training + cost) / (full * epochs),
             "saved if scoring were free": 1 - training / (full * epochs)}  # fmt: skip

@@ -129,11 +129,16 @@ def command_line(folder):
             if value is not None and value is not False]  # fmt: skip
 
 
+def recorded_in(out):
+    """Yield (folder, row) for each run in `out` that has a row in its results.jsonl."""
+    path = out / "results.jsonl"
+    for row in read_rows([path]) if path.exists() else []:
+        yield out / Path(str(row.get("folder"))).name, row
+
+
 def recorded(folder):
     """A run's row in results.jsonl, or None."""
-    path = folder.parent / "results.jsonl"
-    rows = read_rows([path]) if path.exists() else []
-    return next((row for row in rows if Path(str(row.get("folder"))).name == folder.name), None)
+    return next((row for owner, row in recorded_in(folder.parent) if owner.name == folder.name), None)
 
 
 def finished(folder, row):
@@ -151,12 +156,10 @@ def reopen(args):
     folder, out = Path(args.resume) if args.resume else None, Path(args.out)
     if args.resume == "auto":
         wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
-        rows = read_rows([out / "results.jsonl"]) if (out / "results.jsonl").exists() else []
-        done = [row for row in rows if row["args"] | wanted == flags(args)
-                and finished(out / Path(str(row.get("folder"))).name, row)]  # fmt: skip
-        if done:
-            remove_checkpoints(out / Path(str(done[0].get("folder"))).name)  # killed just before it would have been
-            return None, from_first(done[0])
+        for owner, row in recorded_in(out):
+            if row["args"] | wanted == flags(args) and finished(owner, row):
+                remove_checkpoints(owner)  # where the run was killed just before it would have done so
+                return None, from_first(row)
         same = []
         for config in out.glob("*/config.json"):
             try:
@@ -177,7 +180,7 @@ def reopen(args):
     args.folder = None if rank() else folder
     log = folder / "epochs.jsonl"  # a line is there before its checkpoint, but never two
     epochs = log.read_bytes().count(b"\n") if log.exists() and not (folder / "checkpoint.pt").exists() else 0
-    row = recorded(folder)
+    row = recorded(folder)  # read now that the folder is locked: its run may have ended since
     if not row and (epochs > args.save_every or (folder / "model").is_dir()):
         raise RunError(f"{folder}: has run, but has no row in {folder.parent / 'results.jsonl'} and no checkpoint; "
                        "were they moved? Without --resume it starts anew, in another folder")
@@ -448,11 +451,10 @@ def summary(row):
             f"{row['scoring_cost']:.2f} epochs each. The same command with --method full measures it.",
         ]
     if args["dataset"] == "demo" and row["scoring_rounds"] and args["method"] != "random":
-        last = max((folder / "rounds").iterdir())
-        with np.load(last) as scored:
-            found, planted = demo.errors_found(scored["scores"])
+        epoch, scored = max(read_round_files(folder).items())
+        found, planted = demo.errors_found(scored["scores"])
         lines.append(f"found  {found} of the {planted} wrong annotations planted in demo, among the {planted} highest "
-                     f"scores of the last round ({last.name})")
+                     f"scores of the last round (epoch-{epoch:03}.npz)")
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         where = json.dumps(f"{folder}/model", ensure_ascii=False)
@@ -580,13 +582,16 @@ def groups(rows):
         flags = settings(next(iter(by_seed.values())))
         return flags, flags.pop("epochs")
 
+    full = {}  # by task
+    for (task, method, _), by_seed in repeated.items():
+        if method == "full":
+            full.setdefault(task, []).append((*training(by_seed), by_seed))
+
     found = []
     for (task, *_), by_seed in repeated.items():
-        flags, _ = training(by_seed)
-        full = [(*training(other), other) for (same, method, _), other in repeated.items()
-                if (same, method) == (task, "full")]  # fmt: skip
-        alike = max(full, default=({}, 0, {}), key=lambda other: (len(flags.items() & other[0].items()), other[1]))
-        curve = [other for others, _, other in full if others == alike[0]]
+        same, (flags, _) = full.get(task, []), training(by_seed)
+        alike = max(same, default=({}, 0, {}), key=lambda other: (len(flags.items() & other[0].items()), other[1]))
+        curve = [other for others, _, other in same if others == alike[0]]
         seeds = sorted(by_seed)
         found.append(Group([by_seed[seed] for seed in seeds], [alike[2].get(seed) for seed in seeds],
                            [[other[seed] for other in curve if seed in other] for seed in seeds]))  # fmt: skip

@@ -14,9 +14,10 @@ cd "$(dirname "$0")"
 
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
 glue="cola mrpc rte sst2"
+methods="full random el2n loss forgetting grand infobatch"
 if [ "${SMOKE:-}" ]; then
     DATASETS=${DATASETS:-demo} SEEDS=${SEEDS:-0} KEEPS=${KEEPS:-0.5} EPOCHS=${EPOCHS:-4} OUT=${OUT:-runs/smoke}
-    METHODS=${METHODS:-full random el2n loss forgetting grand infobatch}
+    METHODS=${METHODS:-$methods}
     set -- --max-train 256 "$@"
 elif [ "${PAPER:-}" ]; then
     DATASETS=${DATASETS:-snips atis slurp mtop $glue} SEEDS=${SEEDS:-0 1 2 3 4} OUT=${OUT:-runs/paper}
@@ -43,8 +44,8 @@ run() {
 METHODS=${METHODS:-full random el2n loss infobatch}
 wanted() { [[ " $METHODS " == *" $1 "* ]]; }
 for method in $METHODS; do
-    if [[ " full random el2n loss forgetting grand infobatch " != *" $method "* ]]; then
-        echo "run_all.sh: error: METHODS: $method is none of: full random el2n loss forgetting grand infobatch" >&2
+    if [[ " $methods " != *" $method "* ]]; then
+        echo "run_all.sh: error: METHODS: $method is none of: $methods" >&2
         exit 2
     fi
 done

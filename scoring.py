@@ -112,19 +112,24 @@ class Scorer:
         self.scores = torch.full((len(split),), NEVER, device=split.tokens.device)
         self.watched = torch.zeros_like(self.scores)  # 1 where this process has trained on it since `gather`
 
+    def watches(self, schedule, epoch):
+        """Whether a selection will ask for scores of `epoch`'s training steps: that of the epoch just before it; events
+        are counted in all epochs before."""
+        ahead = range(epoch + 1, schedule.total) if self.method == "forgetting" else [epoch + 1]
+        return self.rescore != "all" and any(map(schedule.prunes_at, ahead))
+
     @torch.no_grad()
     def watch(self, outputs, batch):
         """Take the scores of a training step's examples from its outputs."""
-        if self.rescore != "all":
-            rows = torch.as_tensor(batch.indices, device=self.scores.device)
-            if self.method == "forgetting":
-                self.scores[rows] = forgetting(outputs, batch, self.scores[rows])
-            else:
-                self.scores[rows] = SCORES["loss" if self.method == "infobatch" else self.method](outputs, batch)
-            self.watched[rows] = 1
+        rows = torch.as_tensor(batch.indices, device=self.scores.device)
+        if self.method == "forgetting":
+            self.scores[rows] = forgetting(outputs, batch, self.scores[rows])
+        else:
+            self.scores[rows] = SCORES["loss" if self.method == "infobatch" else self.method](outputs, batch)
+        self.watched[rows] = 1
 
     def gather(self):
-        """At the end of an epoch: have in all processes what each has watched."""
+        """At the end of an epoch that was watched: have in all processes what each has seen."""
         scores = add_up(self.scores * self.watched)
         self.scores = torch.where(add_up(self.watched) > 0, scores, self.scores)
         self.watched.zero_()

@@ -42,7 +42,7 @@ def train(model, data, schedule, args, clock, folder):
     step, kept, weights, log = 0, everything, equal, []
     with clock("load"):
         optimizer = FlatAdamW(model, args.precision, args.clip)
-        pretrained = {"master": optimizer.master.cpu().numpy().copy()}
+        pretrained = {"master": optimizer.master.cpu().numpy().copy()} if schedule.static else None
         identity = report.identity(args, data, optimizer.weights)
         if state := report.load_checkpoint(folder, identity):
             step, kept, log = state["step"], state["kept"], state["log"]
@@ -71,9 +71,9 @@ def train(model, data, schedule, args, clock, folder):
                     optimizer.load(pretrained)
         elif schedule.full_at(epoch):
             kept, weights = everything, equal
-        watching = any(map(schedule.prunes_at, range(epoch + 1, schedule.total)))
 
         model.train()
+        watching = scorer.watches(schedule, epoch)
         loss_sum = torch.zeros((), device=args.device)
         good = torch.tensor(step, device=args.device)  # steps up to the first whose loss is no finite number
         with clock("train"), report.progress(epoch, schedule.total, len(kept), n) as bar:
@@ -97,7 +97,8 @@ def train(model, data, schedule, args, clock, folder):
                     bar.set_postfix(loss=f"{loss.mean().item():.3f}", refresh=False)
                 if redrawn or args.device == "cpu":  # elsewhere, item() waits for the device
                     check_finite(loss_sum, good, step, epoch)
-            scorer.gather()
+            if watching:
+                scorer.gather()
             mean_loss = add_up(loss_sum).item() / len(kept)
             # The last step's loss is that before its update: a blow-up there shows in the weights only.
             check_finite(loss_sum + 0 * optimizer.master.sum(), good, step, epoch)

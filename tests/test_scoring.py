@@ -10,7 +10,7 @@ import torch
 import train
 from data import DEFAULT_MODEL, IGNORE, Batch, demo, load, load_tokenizer
 from models import FlatAdamW, NLUModel, hugging_face, limit_vocabulary, losses
-from pruning import SelectionError, select
+from pruning import Schedule, SelectionError, select
 from scoring import NEVER, SCORES, Scorer, el2n, forgetting, score
 
 
@@ -159,6 +159,17 @@ def test_a_pass_scores_what_it_is_told_and_training_the_rest(monkeypatch, rng, r
     assert passed == {"all": [0, 1, 2, 3, 4, 5], "untrained": [1, 3, 5], "none": []}[rescore]
     scores[:] = 0  # the caller's own
     assert scorer(None, trained, rng).tolist() == wanted
+
+
+def test_only_what_a_selection_asks_for_is_watched():
+    """Selections are before epochs 2, 4 and 6, and the last epoch is full again."""
+    schedule = Schedule(8, 2, 2, 0.5, full_end=1)
+    wanted = {("el2n", "untrained"): [1, 3, 5], ("loss", "none"): [1, 3, 5], ("infobatch", "none"): [1, 3, 5],
+              ("el2n", "all"): [], ("forgetting", "none"): [0, 1, 2, 3, 4, 5]}  # fmt: skip
+    for (method, rescore), epochs in wanted.items():
+        scorer = Scorer(Fixed(1), method, rescore)
+        assert [epoch for epoch in range(8) if scorer.watches(schedule, epoch)] == epochs
+    assert not any(Scorer(Fixed(1), "full", "untrained").watches(Schedule(8, 2, 2, 1.0), epoch) for epoch in range(8))
 
 
 def test_of_equally_forgotten_examples_chance_decides_and_nothing_else(rng):
