@@ -141,7 +141,7 @@ def sorted_batches(split, indices=None, tokens=None):
     CPU's cache can hold, or what keeps a GPU busy.
     Returns a list of index arrays; an example longer than `tokens` is a batch of its own.
     """
-    tokens = tokens or (2**12 if split.tokens.device.type == "cpu" else 2**16)
+    tokens = tokens or (3 * 2**10 if split.tokens.device.type == "cpu" else 2**16)
     indices = np.arange(len(split)) if indices is None else indices
     order, cut, start = indices[np.argsort(-split.lengths[indices], kind="stable")], [], 0
     while start < len(order):
