@@ -152,7 +152,8 @@ def is_bert(encoder):
 
 def bert(encoder, batch):
     """The same function of BERT's or RoBERTa's weights in fewer and larger operations: one product for query, key and
-    value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead."""
+    value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead. Where there are no
+    tags, (B, 1, width): a classifier reads the first token alone, so that the last layer computes no other."""
     tables, config, (B, L) = encoder.embeddings, encoder.config, batch.tokens.shape
     p, p_attention = (encoder.training * q for q in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
     types = tables.token_type_embeddings.weight[0] if batch.types is None else tables.token_type_embeddings(batch.types)
@@ -166,11 +167,13 @@ def bert(encoder, batch):
         own, output, heads = layer.attention.self, layer.attention.output, config.num_attention_heads
         weight, b = (torch.cat([getattr(m, k) for m in (own.query, own.key, own.value)]) for k in ("weight", "bias"))
         query, key, value = F.linear(x, weight, b).view(B, L, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        if layer is encoder.encoder.layer[-1] and batch.tags is None:
+            query, x = query[:, :, :1], x.view(B, L, -1)[:, 0]
         attention = softmax(query * query.shape[-1] ** -0.5 @ key.mT + bias)
-        seen = (dropout(attention, p_attention) @ value).transpose(1, 2).reshape(B * L, -1)
+        seen = (dropout(attention, p_attention) @ value).transpose(1, 2).reshape(len(x), -1)
         x = output.LayerNorm(x + dropout(output.dense(seen), p))
         x = layer.output.LayerNorm(x + dropout(layer.output.dense(F.gelu(layer.intermediate.dense(x))), p))
-    return x.view(B, L, -1)
+    return x.view(B, -1, x.shape[-1])
 
 
 def linear_fp32(layer, x):

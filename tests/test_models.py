@@ -74,7 +74,8 @@ def test_predictions_are_in_dataset_order_with_lost_words_marked(model, tokenize
 
 @pytest.mark.parametrize("kind", [BertModel, RobertaModel])
 def test_our_encoder_is_transformers_encoder(kind, demo_data):
-    """In fp32, on batches with and without padding, one short and one long, with segments too."""
+    """In fp32, on batches with and without padding, one short and one long, with segments too; and of the first token
+    alone where a classifier reads no other."""
     torch.manual_seed(1)
     config = {BertModel: BertConfig, RobertaModel: RobertaConfig}[kind](
         vocab_size=5000, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
@@ -90,8 +91,10 @@ def test_our_encoder_is_transformers_encoder(kind, demo_data):
             batch = batch._replace(types=torch.randint(2, batch.tokens.shape))
         real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.mask is None else batch.mask
         with torch.no_grad():
-            difference = (bert(encoder, batch) - hugging_face(encoder, batch)).abs()[real]
-        assert difference.max() < 2e-5
+            wanted = hugging_face(encoder, batch)
+            ours, first = bert(encoder, batch), bert(encoder, batch._replace(tags=None))
+        assert (ours - wanted).abs()[real].max() < 2e-5
+        assert first.shape[1] == 1 and (first - wanted[:, :1]).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

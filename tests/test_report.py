@@ -53,7 +53,8 @@ def test_one_reference_serves_all_seeds_of_a_group():
 
 def test_targets_are_for_the_same_number_of_epochs():
     rows = [row("full", 0, 90, 100), row("el2n", 0, 90, 65), row("full", 0, 92, 400, epochs=40)]
-    assert report.targets(rows) == "" and "35.0" in report.targets(rows[:2])
+    assert "| -2.00 | – | 83.8 | – | – | – |" in report.targets(rows)
+    assert "| 35.0 | ≥ 38: missed |" in report.targets(rows[:2])
 
 
 def test_rows_from_before_a_flag_did_what_it_now_says():
@@ -102,12 +103,19 @@ def test_rows_say_in_which_flags_they_differ():
 
 
 def test_targets_are_means_over_datasets_and_say_what_is_missed():
-    rows = [row("full", 0, 90, 100), row("full", 0, 80, 100, dataset="e"), row("el2n", 0, 90.2, 60),
-            row("el2n", 0, 79.2, 64, dataset="e"), row("el2n", 0, 90, 39, keep=0.2), row("el2n", 0, 90, 9, keep=0.3)]
-    half, fifth = [[cell.strip() for cell in line.strip("|").split("|")]
-                   for line in report.targets(rows).splitlines()[2:]]  # fmt: skip
-    assert half[:8] == ["50 %", "el2n", "10", "d (1), e (1)", "-0.30", "≥ −0.2: missed", "38.0", "≥ 38: met"]
-    assert fifth[:8] == ["20 %", "el2n", "10", "d (1)", "+0.00", "≥ −0.5: met", "61.0", "≥ 60: met"]
+    rows = [row("full", 0, 90, 100), row("full", 0, 80, 100, dataset="e"), row("full", 0, 88, 50, epochs=5),
+            row("full", 0, 79, 50, epochs=5, dataset="e"), row("el2n", 0, 90.2, 60),
+            row("el2n", 0, 79.2, 64, dataset="e"),
+            row("el2n", 0, 90, 39, keep=0.2), row("el2n", 0, 90, 9, keep=0.3), row("infobatch", 0, 90, 70),
+            row("el2n", 0, 90, 60, selection="static")]  # fmt: skip
+    half, soft, third, fifth = [[cell.strip() for cell in line.strip("|").split("|")]
+                                for line in report.targets(rows).splitlines()[2:]]  # fmt: skip
+    # In the same time: 60 and 64 of 100 s, where full data has 88.4 and 79.28.
+    together = report.difference([90.2 - 88.4, 79.2 - 79.28])
+    assert half[:9] == ["50 %", "el2n", "10", "d (1), e (1)", "-0.30", "≥ −0.2: missed", "38.0", "≥ 38: met", together]
+    assert fifth[:9] == ["20 %", "el2n", "10", "d (1)", "+0.00", "≥ −0.5: met", "61.0", "≥ 60: met", "–"]  # under 50 s
+    assert third[5:8] == ["–", "91.0", "–"]
+    assert soft[:2] == ["r = 50 %", "infobatch"] and soft[5:8] == ["–", "30.0", "–"]
 
 
 def test_page_and_picture_are_the_same_whenever_they_are_made(tmp_path):
