@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import report
-from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, default_folder, load, load_tokenizer
+from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, default_folder, find, load, load_tokenizer
 from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
@@ -158,7 +158,7 @@ def parse(argv=None):
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
     add("--stratify", action="store_true", help="keep equally many from each of 50 ranges of scores, at random")
     add("--class-floor", type=int, default=0, metavar="N", help="keep at least N examples of each label (0)")
-    add("--lr", type=float, default=2e-4, help="learning rate at the start (2e-4)")
+    add("--lr", type=float, help="learning rate at the start (2e-4; classification: 1e-4)")
     add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: linear ends at 0 (linear)")
     add("--clip", type=float, default=1.0, metavar="NORM", help="largest norm of the mean loss's gradient (1)")
     add("--batch-size", type=int, default=32, metavar="B", help="examples a training step (32)")
@@ -190,7 +190,8 @@ def parse(argv=None):
         args.dataset = os.path.abspath(args.dataset)
     args.data_dir = os.path.abspath(args.data_dir or default_folder())
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
-    for flag, value in defaults(args).items():  # a method's own, where the user says nothing
+    own = defaults(args) | {"lr": 1e-4 if find(args.dataset)[0].slots == 0 else 2e-4}
+    for flag, value in own.items():  # the method's and the task's own, where the user says nothing
         setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
     for flag in ("epochs", "cycle", "batch-size", "save-every", "max-train"):

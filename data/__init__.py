@@ -41,7 +41,7 @@ from .readers import (
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "batches", "encode", "load", "load_tokenizer", "sorted_batches",
+    "batches", "encode", "find", "load", "load_tokenizer", "sorted_batches",
 ]  # fmt: skip
 
 
@@ -128,7 +128,8 @@ def find(name, folder=None):
         source = DATASETS[name]
         return source, source.folder and Path(folder or default_folder()) / source.folder
     if os.path.isdir(name):
-        return Source(read_own, name, (), None, None, [], "the user's", ("accuracy",)), Path(name)
+        slots = None if os.path.isdir(os.path.join(name, "train")) else 0
+        return Source(read_own, name, (), None, slots, [], "the user's", ("accuracy",)), Path(name)
     raise DataError(f"unknown dataset {name!r} (choose from {', '.join(DATASETS)}, or name a folder of your own)")
 
 

@@ -277,6 +277,15 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(flags, message, capsys
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error
 
 
+def test_the_default_learning_rate_is_that_of_the_task(tmp_path):
+    table, words = tmp_path / "table", tmp_path / "words"
+    table.mkdir()
+    (words / "train").mkdir(parents=True)
+    rates = {name: train.parse(["--dataset", str(name)]).lr for name in ("demo", "mtop", words, "rte", "sst2", table)}
+    assert list(rates.values()) == [2e-4] * 3 + [1e-4] * 3
+    assert train.parse(["--dataset", "rte", "--lr", "3e-5"]).lr == 3e-5
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--max-train", "40"], "that is 20 of 40 train examples, less than one batch of 32"),
     (["--dataset", "snips", "--data-dir", "/proc/nope"], "/proc/nope/snips could not be written"),
