@@ -83,7 +83,8 @@ class NLUModel(nn.Module):
         return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], data.pairs)
 
     def forward(self, batch):
-        """batch: data.Batch. Returns fp32 logits (B, labels), and (B, L, tags) or None."""
+        """batch: data.Batch, for a model with tags one that has them. Returns fp32 logits (B, labels), and (B, L, tags)
+        or None."""
         hidden, p = self.run_encoder(self.encoder, batch), self.p * self.training
         sentence = dropout(torch.tanh(self.dense(dropout(hidden[:, 0], p))), p)
         logits = linear_fp32(self.classify, sentence)
@@ -152,8 +153,8 @@ def is_bert(encoder):
 
 def bert(encoder, batch):
     """The same function of BERT's or RoBERTa's weights in fewer and larger operations: one product for query, key and
-    value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead. Where there are no
-    tags, (B, 1, width): a classifier reads the first token alone, so that the last layer computes no other."""
+    value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead. Of a batch without
+    tags, (B, 1, width): a classifier reads the first token alone, so the last layer computes no other."""
     tables, config, (B, L) = encoder.embeddings, encoder.config, batch.tokens.shape
     p, p_attention = (encoder.training * q for q in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
     types = tables.token_type_embeddings.weight[0] if batch.types is None else tables.token_type_embeddings(batch.types)
@@ -173,7 +174,7 @@ def bert(encoder, batch):
         seen = (dropout(attention, p_attention) @ value).transpose(1, 2).reshape(len(x), -1)
         x = output.LayerNorm(x + dropout(output.dense(seen), p))
         x = layer.output.LayerNorm(x + dropout(layer.output.dense(F.gelu(layer.intermediate.dense(x))), p))
-    return x.view(B, -1, x.shape[-1])
+    return x.unflatten(0, (B, -1))
 
 
 def linear_fp32(layer, x):

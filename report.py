@@ -456,6 +456,10 @@ def summary(row):
         found, planted = demo.errors_found(scored["scores"])
         lines.append(f"found  {found} of the {planted} wrong annotations planted in demo, among the {planted} highest "
                      f"scores of the last round (epoch-{epoch:03}.npz)")
+    metric, began, end = main_metric(row), row["curve"][args["full_epochs"] - 1], row["curve"][-1]
+    if row["scoring_rounds"] and args["selection"] == "dynamic" and end[metric] < began[metric]:
+        lines.append(f"lost   dev {metric} was {began[metric]:.2f} before anything was pruned: too little is kept, or little "
+                     "but wrong labels; a higher --keep, --stratify or --offset may help")  # fmt: skip
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         where = json.dumps(f"{folder}/model", ensure_ascii=False)
@@ -681,14 +685,15 @@ def table(rows):
     note = (f"On test{' (on dev: ' + ', '.join(on_dev) + ')' if on_dev else ''} after the last epoch: mean ± standard "
             "deviation over n seeds. Differences are of frame_acc, or of the first metric, from full data for the most "
             "epochs, seed by seed; p is of a paired t-test, and those with p < 0.05 are bold. Of full data in the same "
-            f"time: from runs with fewer epochs, between which a line is drawn. Machine: {'; '.join(machines)}.")
+            "time: from runs with fewer epochs, between which a straight line is drawn, which lies below a curve that "
+            f"flattens. Machine: {'; '.join(machines)}.")
     return "\n".join([*lines, "", note])
 
 
 def page(rows, command, picture=True):
     """Markdown: the picture, if there is one, the targets and the table of rows. command: what makes it."""
     parts = ["# Results", f"Made by `{command}`.", *["![accuracy over time](figure.svg)"] * picture, "## The targets",
-             targets(rows) or "No run with a share and a number of epochs for which there is a target.",
+             targets(rows) or "No dynamic pruning that full data could be compared with.",
              "## All runs", table(rows)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -701,25 +706,26 @@ MET = {True: "met", False: "missed"}
 
 
 def targets(rows):
-    """Markdown: what dynamic pruning reached, mean over datasets, beside target and paper where TARGETS has the share
-    and number of epochs; "" without such a run. p, as in the table, but over the runs of all datasets together."""
+    """Markdown: what dynamic pruning reached, mean over datasets with the same metric, beside target and paper where
+    TARGETS has the share and number of epochs; "" where there is none to compare with full data. The column for the
+    same time is over the runs of all datasets together, as is its p."""
     flags = differing_flags(rows)
     head = ("kept", "method", "epochs", "datasets (n)", "against full, points", "target", "time saved, %", "target",
             "against full in the same time", "the paper says")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     alike = {}
     for group in groups(rows):
-        args = group.args
+        args, first = group.args, group.runs[0]
         if group.compared and args["method"] != "full" and args.get("selection") != "static":
-            key = -args["keep"], args["epochs"], describe(group.runs[0], flags)
+            reference = group.full[0]["args"]["epochs"]
+            key = main_metric(first), -args["keep"], args["epochs"], describe(first, flags), reference
             alike.setdefault(key, []).append(group)
-    for (_, epochs, name), same in sorted(alike.items()):
+    for (_, _, epochs, name, reference), same in sorted(alike.items()):
         args, equal_time = same[0].args, [group.equal_time_gains() for group in same]
         gain = statistics.mean(statistics.mean(group.gains()) for group in same)
         saved = 100 * statistics.mean(1 - statistics.mean(group.times()) for group in same)
-        longest = max(full["args"]["epochs"] for group in same for full in group.full)
         aims, paper = ("–", "–"), "–"
-        if args["keep"] in TARGETS and args["method"] != "infobatch" and epochs == longest and epochs in (10, 40):
+        if args["keep"] in TARGETS and args["method"] != "infobatch" and epochs == reference and epochs in (10, 40):
             lost, at_10, at_40, paper = TARGETS[args["keep"]]
             aim = at_40 if epochs == 40 else at_10
             aims = f"≥ −{lost:g}: {MET[gain >= -lost]}", f"≥ {aim}: {MET[saved >= aim]}"

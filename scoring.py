@@ -113,8 +113,8 @@ class Scorer:
         self.watched = torch.zeros_like(self.scores)  # 1 where this process has trained on it since `gather`
 
     def watches(self, schedule, epoch):
-        """Whether a selection will ask for scores of `epoch`'s training steps: that of the epoch just before it; events
-        are counted in all epochs before."""
+        """Whether a selection will use the scores of `epoch`'s training steps. It uses those of the epoch before it,
+        as the others since the last selection train on the same examples; forgetting events, of all epochs."""
         ahead = range(epoch + 1, schedule.total) if self.method == "forgetting" else [epoch + 1]
         return self.rescore != "all" and any(map(schedule.prunes_at, ahead))
 

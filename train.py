@@ -190,7 +190,7 @@ def parse(argv=None):
         args.dataset = os.path.abspath(args.dataset)
     args.data_dir = os.path.abspath(args.data_dir or default_folder())
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
-    own = defaults(args) | {"lr": 1e-4 if find(args.dataset)[0].slots == 0 else 2e-4}
+    own = defaults(args) | {"lr": 1e-4 if find(args.dataset)[0].classifies else 2e-4}
     for flag, value in own.items():  # the method's and the task's own, where the user says nothing
         setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     check("keep", 0 < args.keep <= 1, "above 0 and at most 1, the share of examples that is kept")
@@ -262,7 +262,8 @@ def run(args, start=None):
         model.save(folder / "model.part")
         report.publish(folder / "model.part", folder / "model")
     report.remove_checkpoints(folder)
-    print("\n" + report.summary(row))
+    if rank() == 0:  # the folders of other processes hold no more than they have done since a run was resumed
+        print("\n" + report.summary(row))
     return row
 
 

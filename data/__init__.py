@@ -57,6 +57,11 @@ class Source(NamedTuple):
     licence: str
     metrics: tuple[str, ...] = ()  # of metrics.CLASSIFICATION, the main one first; none for intent and slots
 
+    @property
+    def classifies(self):
+        """Whether its task is classification; else, intent and slots."""
+        return self.slots == 0
+
 
 def glue(task, rows, texts, known=("0", "1"), archive=None, metrics=("accuracy",), splits=TRAIN_AND_DEV, **table):
     """The Source of a GLUE task: `archive`.zip has a folder `task` with a .tsv file for each split."""
@@ -128,7 +133,7 @@ def find(name, folder=None):
         source = DATASETS[name]
         return source, source.folder and Path(folder or default_folder()) / source.folder
     if os.path.isdir(name):
-        slots = None if os.path.isdir(os.path.join(name, "train")) else 0
+        slots = None if os.path.isdir(os.path.join(name, "train")) else 0  # a table has classes, a folder tagged words
         return Source(read_own, name, (), None, slots, [], "the user's", ("accuracy",)), Path(name)
     raise DataError(f"unknown dataset {name!r} (choose from {', '.join(DATASETS)}, or name a folder of your own)")
 

@@ -27,7 +27,7 @@ def overview(folder):
             here = "no"
         elif missing:
             here = f"{path}, without {', '.join(file.path for file in missing)}"
-        task = f"classification, {source.labels}" if source.metrics else "intent and slots"
+        task = f"classification, {source.labels}" if source.classifies else "intent and slots"
         yield f"{name:<8} {task:<24} {' / '.join(f'{n:,}' for n in source.rows):<28} {source.licence:<22} {here}"
 
 

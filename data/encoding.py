@@ -138,10 +138,10 @@ def sorted_batches(split, indices=None, tokens=None):
     """Cut examples of a split into batches for inference, longest first: too much for the memory shows at once.
 
     indices: which ones, an integer array; None: all. tokens: most tokens a batch, padding included; by default what a
-    CPU's cache can hold, or what keeps a GPU busy.
+    CPU's cache, shared with neighbours, can hold, or what keeps a GPU busy.
     Returns a list of index arrays; an example longer than `tokens` is a batch of its own.
     """
-    tokens = tokens or (3 * 2**10 if split.tokens.device.type == "cpu" else 2**16)
+    tokens = tokens or (3072 if split.tokens.device.type == "cpu" else 2**16)
     indices = np.arange(len(split)) if indices is None else indices
     order, cut, start = indices[np.argsort(-split.lengths[indices], kind="stable")], [], 0
     while start < len(order):

@@ -1,5 +1,6 @@
 """EL2N is what the paper defines, whatever the batches, and finds label errors once a model has learned something."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -80,8 +81,11 @@ def test_scoring_is_repeatable_and_independent_of_batches(model, demo_data, meth
 
 
 @pytest.mark.parametrize("in_training", [False, True])
-def test_grand_is_the_norm_of_the_gradient_of_every_weight(tiny, tokenizer, demo_data, in_training):
+@pytest.mark.parametrize("task", ["intent and slots", "classification"])
+def test_grand_is_the_norm_of_the_gradient_of_every_weight(tiny, tokenizer, demo_data, task, in_training):
     """Against autograd through transformers' own encoder and the whole embedding table, one example at a time."""
+    if task == "classification":
+        demo_data = replace(demo_data, train=replace(demo_data.train, tags=None), tags=[], n_tags=0)
     some = np.array([5, 0, 17, 300])
     plain, ours = (NLUModel.build(tiny, tokenizer, demo_data, seed=3) for _ in range(2))
     plain.run_encoder, wanted = hugging_face, []

@@ -61,6 +61,16 @@ def test_a_run_leaves_what_the_readme_says(run, tiny, tokenizer):
     assert row["curve"][-1] == row["dev"]
 
 
+def test_a_run_that_pruning_has_spoilt_says_so(run):
+    row, _ = run("--no-model")
+    better = {name: value + 1 for name, value in row["dev"].items()}
+    spoilt = report.summary(row | {"curve": [better, *row["curve"][1:]]})
+    assert f"lost   dev frame_acc was {better['frame_acc']:.2f} before" in spoilt
+    assert "lost   " not in report.summary(row | {"curve": [row["dev"]] * 4})
+    row, _ = run("--no-model", "--method", "full")
+    assert "lost   " not in report.summary(row | {"curve": [better] + [row["dev"]] * 3})
+
+
 def test_the_saved_model_has_the_metrics_of_the_row(run):
     row, folder = run()
     model = NLUModel.load(folder / "model")
