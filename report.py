@@ -648,9 +648,10 @@ def differing_flags(rows):
 
 
 def describe(row, flags):
-    """What a run did, in few words. flags: of `differing_flags`."""
+    """What a run did, in few words. flags: of `differing_flags`, of which those that are off are not named."""
     own = settings(row)
-    named = [f"{flag.replace('_', '-')} {own[flag]}" for flag in sorted(own) if described_by(row, flag) in flags]
+    named = [flag.replace("_", "-") + ("" if own[flag] is True else f" {own[flag]}")
+             for flag in sorted(own) if own[flag] and described_by(row, flag) in flags]  # fmt: skip
     return ", ".join([row["args"]["method"]] + ["static"] * (own.get("selection") == "static") + named)
 
 

@@ -83,14 +83,16 @@ for seed in ${SEEDS:-0 1 2}; do
         done
 
         # More time saved at the same share: half the data with fewer selections, a fifth in 6/10 of the epochs, rounded
-        # up. Only where that is another run and prunes after two full epochs; the paper has a schedule of its own.
+        # up. Only where that is another run and prunes after two full epochs; the paper has a schedule of its own. And
+        # a fifth from all ranges of scores, as the hardest are but errors where a model errs on more than a fifth.
         if wanted el2n && [ -z "${PAPER:-}" ]; then
             shorter=$(((epochs * 6 + 9) / 10))
             if [[ " $KEEPS " == *" 0.5 "* ]] && [ "$epochs" -gt 4 ]; then
                 each --method el2n --keep 0.5 --epochs "$epochs" --cycle 4 "$@"
             fi
-            if [[ " $KEEPS " == *" 0.2 "* ]] && [ $shorter -gt 2 ]; then
-                each --method el2n --keep 0.2 --epochs $shorter "$@"
+            if [[ " $KEEPS " == *" 0.2 "* ]]; then
+                if [ $shorter -gt 2 ]; then each --method el2n --keep 0.2 --epochs $shorter "$@"; fi
+                each --method el2n --keep 0.2 --epochs "$epochs" --stratify "$@"
             fi
         fi
 

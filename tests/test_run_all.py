@@ -47,7 +47,8 @@ def test_savings_beyond_the_share():
     fifth, half = ({"DATASETS": "atis", "METHODS": "el2n", "KEEPS": keep, "SEEDS": "0"} for keep in ("0.2", "0.5"))
     assert "--method el2n --keep 0.2 --epochs 6 " in listed(**fifth)[1]
     assert "--method el2n --keep 0.5 --epochs 10 --cycle 4 " in listed(**half)[1]
-    assert len(listed(**fifth, EPOCHS="3")) == 2  # 6/10 of 3 epochs would leave none to prune
+    assert "--method el2n --keep 0.2 --epochs 10 --stratify " in listed(**fifth)[2]
+    assert len(listed(**fifth, EPOCHS="3")) == 3  # 6/10 of 3 epochs would leave none to prune
 
 
 def test_the_papers_setting():
