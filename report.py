@@ -456,10 +456,11 @@ def summary(row):
         found, planted = demo.errors_found(scored["scores"])
         lines.append(f"found  {found} of the {planted} wrong annotations planted in demo, among the {planted} highest "
                      f"scores of the last round (epoch-{epoch:03}.npz)")
-    metric, began, end = main_metric(row), row["curve"][args["full_epochs"] - 1], row["curve"][-1]
-    if row["scoring_rounds"] and args["selection"] == "dynamic" and end[metric] < began[metric]:
-        lines.append(f"lost   dev {metric} was {began[metric]:.2f} before anything was pruned: too little is kept, or "
-                     "little but wrong labels; a higher --keep, --stratify or --offset may help")  # fmt: skip
+    if row["scoring_rounds"] and args["selection"] == "dynamic":
+        metric, began, end = main_metric(row), row["curve"][args["full_epochs"] - 1], row["curve"][-1]
+        if end[metric] < began[metric]:
+            lines.append(f"lost   dev {metric} was {began[metric]:.2f} before anything was pruned: too little is kept, "
+                         "or little but wrong labels; a higher --keep, --stratify or --offset may help")  # fmt: skip
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         where = json.dumps(f"{folder}/model", ensure_ascii=False)
