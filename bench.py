@@ -26,13 +26,14 @@ import torch
 import report
 import train
 from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, demo, load, load_tokenizer, sorted_batches
-from models import FlatAdamW, NLUModel, hugging_face, infer, limit_vocabulary, losses
+from models import FlatAdamW, NLUModel, choose_products, hugging_face, infer, limit_vocabulary, losses
 from pruning import Schedule, Smoother, select
 from scoring import SCORES, Scorer, score
 
 
 def textbook_step(model, optimizer, batch, clip, autocast=nullcontext):
     """One step of training as one would write it without a thought for speed. Returns the loss."""
+    torch.set_float32_matmul_precision("highest")  # as PyTorch comes; `choose_products` is for all of the process
     with autocast():
         loss = losses(model(batch), batch).mean()
     optimizer.zero_grad()
@@ -66,6 +67,7 @@ def textbook(args, tokenizer, data, precision):
         while True:
             for start in range(0, n, size):
                 model.eval()
+                torch.set_float32_matmul_precision("highest")
                 batch = data.train.batch(np.arange(start, min(start + size, n)))
                 with torch.no_grad(), autocast():
                     SCORES["el2n"](model(batch), batch)
@@ -86,6 +88,7 @@ def engine(args, tokenizer, data, precision):
         while True:
             for indices in batches(data.train.lengths, everything, args.batch_size, rng):
                 model.train()
+                choose_products(precision, args.device)
                 with clock("batch"):
                     batch = data.train.batch(indices)
                 with clock("forward"):
@@ -100,10 +103,12 @@ def engine(args, tokenizer, data, precision):
     def scoring():
         while True:
             cut = sorted_batches(data.train)
-            for i in rng.permutation(len(cut)):
-                for batch, outputs in infer(model, data.train, [cut[i]]):
+            order = rng.permutation(len(cut))
+            for start in range(0, len(cut), 64):  # of a large set, a pass of its own over every 64 batches
+                part = [cut[i] for i in order[start : start + 64]]
+                for batch, outputs in infer(model, data.train, part):
                     SCORES["el2n"](outputs, batch)
-                yield len(cut[i])
+                yield sum(map(len, part))
 
     return training(), scoring(), model, clock
 
@@ -151,6 +156,7 @@ def loss_difference(args, tokenizer, data, steps=20):
     for indices in batches(data.train.lengths, np.arange(len(data.train)), 32, np.random.default_rng(0))[:steps]:
         batch = data.train.batch(indices)
         wanted = textbook_step(plain, adam, batch, args.clip).item()
+        choose_products("fp32", args.device)
         loss = losses(ours(batch), batch).mean()
         loss.backward()
         flat.step(args.lr)
@@ -162,12 +168,15 @@ def score_difference(model, split):
     """Differences of EL2N from the textbook's (transformers' encoder, fp32, batches of 32 in dataset order), for the
     weights of `model`, over a whole split; and which share of the kept half is another. Of the textbook under autocast,
     too: what rounding to bf16 costs in any case."""
-    model = copy.deepcopy(model).float()
+    model = copy.deepcopy(model).float().eval()
     model.run_encoder, ours = hugging_face, model.run_encoder
     plain = np.split(np.arange(len(split)), range(32, len(split), 32))
 
+    torch.set_float32_matmul_precision("highest")
+
     def textbook_scores():
-        return torch.cat([SCORES["el2n"](out, batch) for batch, out in infer(model, split, plain)]).cpu().numpy()
+        with torch.inference_mode():
+            return torch.cat([SCORES["el2n"](model(batch), batch) for batch in map(split.batch, plain)]).cpu().numpy()
 
     wanted = textbook_scores()
     with torch.autocast(split.tokens.device.type, torch.bfloat16):

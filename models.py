@@ -59,7 +59,7 @@ class NLUModel(nn.Module):
         super().__init__()
         width = encoder.config.hidden_size
         self.encoder, self.tokenizer, self.labels, self.tags, self.pairs = encoder, tokenizer, labels, tags, pairs
-        self.run_encoder = bert if is_bert(encoder) else hugging_face
+        self.run_encoder, self.linear = bert if is_bert(encoder) else hugging_face, linear
         self.p = getattr(encoder.config, "hidden_dropout_prob", 0.1)
         self.dense = nn.Linear(width, width)
         self.classify = nn.Linear(width, len(labels))
@@ -85,10 +85,10 @@ class NLUModel(nn.Module):
     def forward(self, batch):
         """batch: data.Batch, for a model with tags one that has them. Returns fp32 logits (B, labels), and (B, L, tags)
         or None."""
-        hidden, p = self.run_encoder(self.encoder, batch), self.p * self.training
+        hidden, p = self.run_encoder(self.encoder, batch, self.linear), self.p * self.training
         sentence = dropout(torch.tanh(self.dense(dropout(hidden[:, 0], p))), p)
-        logits = linear_fp32(self.classify, sentence)
-        return logits, None if self.tag is None else linear_fp32(self.tag, dropout(hidden, p))
+        logits = self.linear(sentence.float(), self.classify)  # bf16 logits would blur the scores
+        return logits, None if self.tag is None else self.linear(dropout(hidden, p).float(), self.tag)
 
     def predict(self, texts):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
@@ -139,7 +139,7 @@ class NLUModel(nn.Module):
         return model.eval()
 
 
-def hugging_face(encoder, batch):
+def hugging_face(encoder, batch, _):
     """(B, L, width) hidden states, as transformers computes them."""
     types = {} if batch.types is None else {"token_type_ids": batch.types}
     return encoder(batch.tokens, attention_mask=batch.mask, **types).last_hidden_state
@@ -151,10 +151,12 @@ def is_bert(encoder):
     return kind in (BertModel, RobertaModel) and config.hidden_act == "gelu" and not config.is_decoder
 
 
-def bert(encoder, batch):
+def bert(encoder, batch, linear):
     """The same function of BERT's or RoBERTa's weights in fewer and larger operations: one product for query, key and
     value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead. Of a batch without
-    tags, (B, 1, width): a classifier reads the first token alone, so the last layer computes no other."""
+    tags, (B, 1, width): a classifier reads the first token alone, so the last layer computes no other.
+
+    linear: this module's, or what `packed_linear` returns."""
     tables, config, (B, L) = encoder.embeddings, encoder.config, batch.tokens.shape
     p, p_attention = (encoder.training * q for q in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
     types = tables.token_type_embeddings.weight[0] if batch.types is None else tables.token_type_embeddings(batch.types)
@@ -166,20 +168,62 @@ def bert(encoder, batch):
         bias = torch.zeros_like(batch.mask, dtype=x.dtype).masked_fill_(~batch.mask, -torch.inf)[:, None, None]
     for layer in encoder.encoder.layer:
         own, output, heads = layer.attention.self, layer.attention.output, config.num_attention_heads
-        weight, b = (torch.cat([getattr(m, k) for m in (own.query, own.key, own.value)]) for k in ("weight", "bias"))
-        query, key, value = F.linear(x, weight, b).view(B, L, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        query_key_value = linear(x, own.query, own.key, own.value)
+        query, key, value = query_key_value.view(B, L, 3, heads, -1).permute(2, 0, 3, 1, 4)
         if layer is encoder.encoder.layer[-1] and batch.tags is None:
             query, x = query[:, :, :1], x.view(B, L, -1)[:, 0]
         attention = softmax(query * query.shape[-1] ** -0.5 @ key.mT + bias)
         seen = (dropout(attention, p_attention) @ value).transpose(1, 2).reshape(len(x), -1)
-        x = output.LayerNorm(x + dropout(output.dense(seen), p))
-        x = layer.output.LayerNorm(x + dropout(layer.output.dense(F.gelu(layer.intermediate.dense(x))), p))
+        x = output.LayerNorm(x + dropout(linear(seen, output.dense), p))
+        wide = F.gelu(linear(x, layer.intermediate.dense))
+        x = layer.output.LayerNorm(x + dropout(linear(wide, layer.output.dense), p))
     return x.unflatten(0, (B, -1))
 
 
-def linear_fp32(layer, x):
-    """A linear layer in fp32, whatever the type of its weights: bf16 logits would blur the scores."""
-    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+def linear(x, *layers):
+    """(…, in) through linear layers side by side, as one product in the type of x: (…, out of all together)."""
+    return F.linear(x, *side_by_side(layers, x.dtype))
+
+
+def side_by_side(layers, dtype):
+    """Weight and bias of several linear layers as those of one."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return [(torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype) for parts in (weights, biases)]
+
+
+def packed_linear():
+    """`linear` for one pass over many batches, in inference mode, on a CPU with AVX-512; weights stay as they are.
+
+    oneDNN computes with weights in blocks of its own, into which `F.linear` brings them at every product. Here it is
+    done once a pass, by the operations with which torch.compile runs a frozen model.
+    """
+    packed, onednn = {}, torch.ops.mkldnn
+
+    def linear(x, *layers):
+        if layers not in packed:
+            weight, bias = side_by_side(layers, x.dtype)
+            packed[layers] = onednn._reorder_linear_weight(weight), bias
+        return onednn._linear_pointwise(x, *packed[layers], "none", [], "")  # no function after the product
+
+    return linear
+
+
+def has_avx512(device):
+    """Whether `device` is a CPU with AVX-512, and PyTorch has oneDNN, whose products are faster there."""
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and "AVX512" in kernels
+
+
+def choose_products(precision, device):
+    """Have the products of a training in `precision` on `device` computed by oneDNN where MKL, PyTorch's choice for
+    fp32, leaves half of the processor unused: on AMD's with AVX-512. For the whole process.
+
+    PyTorch calls that "medium" precision, as oneDNN may then round to bf16. It does where there is AMX; elsewhere the
+    products stay fp32's (a test and bench.py compare).
+    """
+    may_round = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()  # absent from some PyTorch versions
+    exact = precision == "fp32" and has_avx512(torch.device(device)) and not may_round
+    torch.set_float32_matmul_precision("medium" if exact else "highest")
 
 
 def softmax(x):
@@ -215,12 +259,14 @@ def infer(model, split, cut):
     """Yield (batch, outputs) for each index array of the list `cut`, with dropout off."""
     training = model.training
     model.eval()
+    model.linear = packed_linear() if has_avx512(split.tokens.device) else linear
     try:
         for indices in cut:
             batch = split.batch(indices)
             yield batch, model(batch)
     finally:
         model.train(training)
+        model.linear = linear
 
 
 def predictions(model, split, tokens=None):

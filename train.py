@@ -27,7 +27,7 @@ import report
 from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, default_folder, find, load, load_tokenizer
 from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
-from models import FlatAdamW, NLUModel, limit_vocabulary, losses, predictions
+from models import FlatAdamW, NLUModel, choose_products, limit_vocabulary, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, choose, defaults, kept_size
 from report import RunError
 from scoring import METHODS, WATCHED, Scorer
@@ -244,6 +244,7 @@ def run(args, start=None):
         model = NLUModel.build(args.model, tokenizer, data, args.seed)
         limit_vocabulary(model, data)
         report.check_space(args.folder or args.out, model.parameters())
+        choose_products(args.precision, args.device)
         model.to(args.device)
         data.to(args.device)
         folder, facts, _lock = resumed or report.new_folder(args)  # locked until this function ends

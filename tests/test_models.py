@@ -1,5 +1,6 @@
 """The model's parts do what they say: losses, heads, the short embedding table, saving and loading."""
 
+import copy
 import hashlib
 import shutil
 from pathlib import Path
@@ -19,11 +20,14 @@ from models import (
     FlatAdamW,
     NLUModel,
     bert,
+    choose_products,
     dropout,
+    has_avx512,
     hugging_face,
     infer,
     is_bert,
     limit_vocabulary,
+    linear,
     load_encoder,
     losses,
     predictions,
@@ -91,10 +95,43 @@ def test_our_encoder_is_transformers_encoder(kind, demo_data):
             batch = batch._replace(types=torch.randint(2, batch.tokens.shape))
         real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.mask is None else batch.mask
         with torch.no_grad():
-            wanted = hugging_face(encoder, batch)
-            ours, first = bert(encoder, batch), bert(encoder, batch._replace(tags=None))
+            wanted = hugging_face(encoder, batch, linear)
+            ours, first = bert(encoder, batch, linear), bert(encoder, batch._replace(tags=None), linear)
         assert (ours - wanted).abs()[real].max() < 2e-5
         assert first.shape[1] == 1 and (first - wanted[:, :1]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_packed_products_are_those_of_the_weights_as_they_are_now(model, demo_data, dtype, close):
+    """A pass lays weights out once; the next pass must not see those of the one before. A step trains without them."""
+    if not has_avx512(torch.device("cpu")):
+        pytest.skip("this CPU has no AVX-512: no pass packs weights")
+    dev, model = demo_data.evaluation["dev"], copy.deepcopy(model).to(dtype).eval()
+    for _ in range(2):
+        for batch, outputs in infer(model, dev, [np.arange(9), np.arange(9, 50), np.arange(1)]):
+            assert model.linear is not linear
+            with torch.inference_mode():
+                hidden = bert(model.encoder, batch, linear)
+                wanted = model.classify(torch.tanh(model.dense(hidden[:, 0]))), model.tag(hidden)
+            for ours, plain in zip(outputs, wanted, strict=True):
+                assert ours.dtype == torch.float32 and (ours - plain).abs().max() < close * plain.abs().max()
+        assert model.linear is linear
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+def test_products_of_fp32_training_are_not_rounded():
+    """Whoever computes them: 12 bits or more come through, where bf16 has 8."""
+    a, b = (torch.randn(300, 300, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    before = torch.get_float32_matmul_precision()
+    try:
+        choose_products("fp32", "cpu")
+        for m in (300, 7):
+            assert (a[:m] @ b - (a[:m].double() @ b.double())).abs().max() < 1e-4
+        choose_products("bf16", "cpu")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
