@@ -33,7 +33,6 @@ from scoring import SCORES, Scorer, score
 
 def textbook_step(model, optimizer, batch, clip, autocast=nullcontext):
     """One step of training as one would write it without a thought for speed. Returns the loss."""
-    torch.set_float32_matmul_precision("highest")  # as PyTorch comes; `choose_products` is for all of the process
     with autocast():
         loss = losses(model(batch), batch).mean()
     optimizer.zero_grad()
@@ -43,9 +42,15 @@ def textbook_step(model, optimizer, batch, clip, autocast=nullcontext):
     return loss
 
 
-def textbook(args, tokenizer, data, precision):
+def as_it_comes():
+    """Have products computed as PyTorch does by itself: `choose_products` is for the whole process."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def textbook(args, tokenizer, data, precision, products=as_it_comes):
     """Generators that train one batch, and score one batch, at every next(). The model is transformers', under autocast
-    in bf16; batches come from one shuffle, scores in dataset order, and are padded to their longest example."""
+    in bf16; batches come from one shuffle, scores in dataset order, and are padded to their longest example. products:
+    called before each."""
     model = NLUModel.build(args.model, tokenizer, data, args.seed).to(args.device)
     model.run_encoder = hugging_face
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
@@ -59,6 +64,7 @@ def textbook(args, tokenizer, data, precision):
             order = np.random.permutation(n)
             for start in range(0, n, size):
                 model.train()
+                products()
                 batch = data.train.batch(order[start : start + size])
                 textbook_step(model, optimizer, batch, args.clip, autocast)
                 yield len(batch.indices)
@@ -67,7 +73,7 @@ def textbook(args, tokenizer, data, precision):
         while True:
             for start in range(0, n, size):
                 model.eval()
-                torch.set_float32_matmul_precision("highest")
+                products()
                 batch = data.train.batch(np.arange(start, min(start + size, n)))
                 with torch.no_grad(), autocast():
                     SCORES["el2n"](model(batch), batch)
@@ -77,7 +83,8 @@ def textbook(args, tokenizer, data, precision):
 
 
 def engine(args, tokenizer, data, precision):
-    """The same of this engine: the step of train.py's loop and the batches of scoring.py's pass; and the model."""
+    """The same of this engine, the step of train.py's loop and the passes of scoring.py; the model; and the clock of a
+    step's parts. A next() scores up to 64 batches: a pass packs weights at its start."""
     model = NLUModel.build(args.model, tokenizer, data, args.seed)
     limit_vocabulary(model, data)
     optimizer = FlatAdamW(model.to(args.device), precision, args.clip)
@@ -104,7 +111,8 @@ def engine(args, tokenizer, data, precision):
         while True:
             cut = sorted_batches(data.train)
             order = rng.permutation(len(cut))
-            for start in range(0, len(cut), 64):  # of a large set, a pass of its own over every 64 batches
+            for start in range(0, len(cut), 64):  # a pass over a large set would be a long turn
+                choose_products(precision, args.device)
                 part = [cut[i] for i in order[start : start + 64]]
                 for batch, outputs in infer(model, data.train, part):
                     SCORES["el2n"](outputs, batch)
@@ -155,6 +163,7 @@ def loss_difference(args, tokenizer, data, steps=20):
     largest = 0.0
     for indices in batches(data.train.lengths, np.arange(len(data.train)), 32, np.random.default_rng(0))[:steps]:
         batch = data.train.batch(indices)
+        as_it_comes()
         wanted = textbook_step(plain, adam, batch, args.clip).item()
         choose_products("fp32", args.device)
         loss = losses(ours(batch), batch).mean()
@@ -172,7 +181,7 @@ def score_difference(model, split):
     model.run_encoder, ours = hugging_face, model.run_encoder
     plain = np.split(np.arange(len(split)), range(32, len(split), 32))
 
-    torch.set_float32_matmul_precision("highest")
+    as_it_comes()
 
     def textbook_scores():
         with torch.inference_mode():
@@ -182,6 +191,7 @@ def score_difference(model, split):
     with torch.autocast(split.tokens.device.type, torch.bfloat16):
         got = {"textbook bf16": textbook_scores()}
     model.run_encoder = ours
+    choose_products("fp32", split.tokens.device)
     got |= {"fp32": score(model, split, "el2n").cpu().numpy(),
             "bf16": score(model.bfloat16(), split, "el2n").cpu().numpy()}
     return {
@@ -291,6 +301,10 @@ def measure(args):
                      f"engine {precision} training": ours[precision][0],
                      f"engine {precision} scoring": ours[precision][1]}  # fmt: skip
         ours[precision][3].seconds.clear()
+    choose_products("fp32", args.device)
+    if torch.get_float32_matmul_precision() != "highest":  # how much of the gain is the choice of products alone
+        plain = textbook(args, tokenizer, data, "fp32", lambda: choose_products("fp32", args.device))
+        variants |= {"textbook fp32 by oneDNN training": plain[0], "textbook fp32 by oneDNN scoring": plain[1]}
     rates = result["rates"] = alternate(variants, args)
     result["step"] = {precision: dict(ours[precision][3].seconds) for precision in precisions}
     for parts in result["step"].values():
@@ -374,7 +388,7 @@ def main(argv=None):
     p.add_argument("--max-train", type=int, help="as in train.py")
     p.add_argument("--steps", type=int, default=800, help="steps of training before scores are compared (800)")
     p.add_argument("--rounds", type=int, default=7, help="turns of each variant (7)")
-    p.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
+    p.add_argument("--seconds", type=float, default=3.0, help="least length of a turn (3)")
     p.add_argument("--grown", type=int, default=400_000, help="size of the grown dataset (400000)")
     p.add_argument("--encode", action="store_true", help="measure reading and encoding a set of MNLI's size, only that")
     p.add_argument("--json", metavar="FILE", help="write all figures there, too")

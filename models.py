@@ -48,6 +48,17 @@ def first_position(encoder):
     return 0 if padding is None else padding + 1
 
 
+def linear(x, *layers):
+    """(…, in) through linear layers side by side, as one product in the type of x: (…, out of all together)."""
+    return F.linear(x, *side_by_side(layers, x.dtype))
+
+
+def side_by_side(layers, dtype):
+    """Weight and bias of several linear layers as those of one."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return [(torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype) for parts in (weights, biases)]
+
+
 class NLUModel(nn.Module):
     """Encoder → dropout, dense, tanh, dropout, linear on the first token; dropout, linear on every token for slots.
 
@@ -59,7 +70,7 @@ class NLUModel(nn.Module):
         super().__init__()
         width = encoder.config.hidden_size
         self.encoder, self.tokenizer, self.labels, self.tags, self.pairs = encoder, tokenizer, labels, tags, pairs
-        self.run_encoder, self.linear = bert if is_bert(encoder) else hugging_face, linear
+        self.run_encoder = bert if is_bert(encoder) else hugging_face
         self.p = getattr(encoder.config, "hidden_dropout_prob", 0.1)
         self.dense = nn.Linear(width, width)
         self.classify = nn.Linear(width, len(labels))
@@ -82,13 +93,13 @@ class NLUModel(nn.Module):
                              f"--max-length {limit} cuts them off")
         return cls(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], data.pairs)
 
-    def forward(self, batch):
-        """batch: data.Batch, for a model with tags one that has them. Returns fp32 logits (B, labels), and (B, L, tags)
-        or None."""
-        hidden, p = self.run_encoder(self.encoder, batch, self.linear), self.p * self.training
-        sentence = dropout(torch.tanh(self.dense(dropout(hidden[:, 0], p))), p)
-        logits = self.linear(sentence.float(), self.classify)  # bf16 logits would blur the scores
-        return logits, None if self.tag is None else self.linear(dropout(hidden, p).float(), self.tag)
+    def forward(self, batch, linear=linear):
+        """batch: data.Batch, for a model with tags one that has them. linear: this module's, or a `packed_linear()`.
+        Returns fp32 logits (B, labels), and (B, L, tags) or None."""
+        hidden, p = self.run_encoder(self.encoder, batch, linear), self.p * self.training
+        sentence = dropout(torch.tanh(linear(dropout(hidden[:, 0], p), self.dense)), p)
+        logits = linear(sentence.float(), self.classify)  # bf16 logits would blur the scores
+        return logits, None if self.tag is None else linear(dropout(hidden, p).float(), self.tag)
 
     def predict(self, texts):
         """texts: utterances (of a classifier, pairs of strings too). Returns (label, [(word, tag), …]) for each, with
@@ -139,7 +150,7 @@ class NLUModel(nn.Module):
         return model.eval()
 
 
-def hugging_face(encoder, batch, _):
+def hugging_face(encoder, batch, _linear):
     """(B, L, width) hidden states, as transformers computes them."""
     types = {} if batch.types is None else {"token_type_ids": batch.types}
     return encoder(batch.tokens, attention_mask=batch.mask, **types).last_hidden_state
@@ -154,9 +165,7 @@ def is_bert(encoder):
 def bert(encoder, batch, linear):
     """The same function of BERT's or RoBERTa's weights in fewer and larger operations: one product for query, key and
     value, no mask where nothing is padded, cheaper dropout. Short steps are made of such overhead. Of a batch without
-    tags, (B, 1, width): a classifier reads the first token alone, so the last layer computes no other.
-
-    linear: this module's, or what `packed_linear` returns."""
+    tags, (B, 1, width): a classifier reads the first token alone, so the last layer computes no other."""
     tables, config, (B, L) = encoder.embeddings, encoder.config, batch.tokens.shape
     p, p_attention = (encoder.training * q for q in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
     types = tables.token_type_embeddings.weight[0] if batch.types is None else tables.token_type_embeddings(batch.types)
@@ -180,50 +189,42 @@ def bert(encoder, batch, linear):
     return x.unflatten(0, (B, -1))
 
 
-def linear(x, *layers):
-    """(…, in) through linear layers side by side, as one product in the type of x: (…, out of all together)."""
-    return F.linear(x, *side_by_side(layers, x.dtype))
-
-
-def side_by_side(layers, dtype):
-    """Weight and bias of several linear layers as those of one."""
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    return [(torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype) for parts in (weights, biases)]
-
-
 def packed_linear():
-    """`linear` for one pass over many batches, in inference mode, on a CPU with AVX-512; weights stay as they are.
+    """`linear` for one pass over many batches, in inference mode, where `onednn_is_faster`; weights stay as they are.
 
-    oneDNN computes with weights in blocks of its own, into which `F.linear` brings them at every product. Here it is
-    done once a pass, by the operations with which torch.compile runs a frozen model.
+    oneDNN computes with weights in blocks of its own, into which `F.linear` brings them at every product (and in fp32
+    it takes MKL). Here it is done once a pass, by private operations that torch.compile uses for frozen models, too.
+    Until the end of the pass the weights are in memory twice.
     """
     packed, onednn = {}, torch.ops.mkldnn
 
     def linear(x, *layers):
-        if layers not in packed:
+        key = (x.dtype, *layers)
+        if key not in packed:
             weight, bias = side_by_side(layers, x.dtype)
-            packed[layers] = onednn._reorder_linear_weight(weight), bias
-        return onednn._linear_pointwise(x, *packed[layers], "none", [], "")  # no function after the product
+            packed[key] = onednn._reorder_linear_weight(weight), bias
+        return onednn._linear_pointwise(x, *packed[key], "none", [], "")  # no function after the product
 
     return linear
 
 
-def has_avx512(device):
-    """Whether `device` is a CPU with AVX-512, and PyTorch has oneDNN, whose products are faster there."""
-    kernels = torch.backends.cpu.get_cpu_capability()
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and "AVX512" in kernels
+def onednn_is_faster(device):
+    """Whether `device` is a CPU with AVX-512, and PyTorch has oneDNN. Measured on AMD's Zen 5 only."""
+    kernels = torch.backends.cpu.get_cpu_capability()  # "AVX512", say
+    return torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available() and "AVX512" in kernels
 
 
 def choose_products(precision, device):
-    """Have the products of a training in `precision` on `device` computed by oneDNN where MKL, PyTorch's choice for
-    fp32, leaves half of the processor unused: on AMD's with AVX-512. For the whole process.
+    """Have fp32 products in a training on a CPU computed by oneDNN, not by MKL, which on AMD's Zen 5 takes twice as
+    long. For the whole process. Not in bf16, where only the heads' are fp32, and small: there MKL is faster.
 
-    PyTorch calls that "medium" precision, as oneDNN may then round to bf16. It does where there is AMX; elsewhere the
-    products stay fp32's (a test and bench.py compare).
+    PyTorch calls it "medium" precision, as oneDNN may then round to bf16. It does where there is AMX, which is left
+    alone; elsewhere the products stay fp32's (a test and bench.py compare).
     """
-    may_round = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()  # absent from some PyTorch versions
-    exact = precision == "fp32" and has_avx512(torch.device(device)) and not may_round
-    torch.set_float32_matmul_precision("medium" if exact else "highest")
+    if torch.device(device).type == "cpu":
+        may_round = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()  # absent from some PyTorch versions
+        use = precision == "fp32" and onednn_is_faster(device) and not may_round
+        torch.set_float32_matmul_precision("medium" if use else "highest")
 
 
 def softmax(x):
@@ -259,14 +260,13 @@ def infer(model, split, cut):
     """Yield (batch, outputs) for each index array of the list `cut`, with dropout off."""
     training = model.training
     model.eval()
-    model.linear = packed_linear() if has_avx512(split.tokens.device) else linear
+    product = packed_linear() if len(cut) > 1 and onednn_is_faster(split.tokens.device) else linear
     try:
         for indices in cut:
             batch = split.batch(indices)
-            yield batch, model(batch)
+            yield batch, model(batch, product)
     finally:
         model.train(training)
-        model.linear = linear
 
 
 def predictions(model, split, tokens=None):
@@ -338,6 +338,13 @@ def restore_vocabulary(model):
         model.encoder.set_input_embeddings(table.to(rows.weight.device))
 
 
+def length(x):
+    """‖x‖₂ of a long fp32 vector, (). By rows, as PyTorch's own norm of it takes twice as long and loses digits."""
+    whole = len(x) // 4096 * 4096
+    rows = torch.linalg.vector_norm(x[:whole].view(-1, 4096), dim=1)
+    return torch.linalg.vector_norm(torch.cat([rows, x[whole:]]))
+
+
 class FlatAdamW:
     """torch.optim.AdamW after clip_grad_norm_, on one flat fp32 vector of all weights; the model works with a copy.
 
@@ -373,7 +380,7 @@ class FlatAdamW:
             table.add_gradient(self.gradients[table.weight])
         add_up(self.master.grad)
         self.adam.param_groups[0]["lr"] = lr
-        norm = self.master.grad.dot(self.master.grad).sqrt()
+        norm = length(self.master.grad)
         # A fused step divides gradients by grad_scale, which GradScaler would set: clipping takes no pass of its own.
         self.adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)
         self.adam.step()

@@ -22,14 +22,15 @@ from models import (
     bert,
     choose_products,
     dropout,
-    has_avx512,
     hugging_face,
     infer,
     is_bert,
+    length,
     limit_vocabulary,
     linear,
     load_encoder,
     losses,
+    onednn_is_faster,
     predictions,
     restore_vocabulary,
     softmax,
@@ -101,37 +102,60 @@ def test_our_encoder_is_transformers_encoder(kind, demo_data):
         assert first.shape[1] == 1 and (first - wanted[:, :1]).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_packed_products_are_those_of_the_weights_as_they_are_now(model, demo_data, dtype, close):
-    """A pass lays weights out once; the next pass must not see those of the one before. A step trains without them."""
-    if not has_avx512(torch.device("cpu")):
+@pytest.fixture
+def products():
+    """Tests that choose who computes products leave that as it was."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("precision, close", [("fp32", 2e-5), ("bf16", 2e-2)])
+def test_a_pass_packs_the_weights_as_they_are_now(model, demo_data, products, precision, close):
+    """Weights are packed once a pass. The next one must not see those of the one before, and a training step between
+    two batches of a pass none at all: packed ones have no gradient."""
+    if not onednn_is_faster("cpu"):
         pytest.skip("this CPU has no AVX-512: no pass packs weights")
+    choose_products(precision, "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     dev, model = demo_data.evaluation["dev"], copy.deepcopy(model).to(dtype).eval()
     for _ in range(2):
         for batch, outputs in infer(model, dev, [np.arange(9), np.arange(9, 50), np.arange(1)]):
-            assert model.linear is not linear
             with torch.inference_mode():
-                hidden = bert(model.encoder, batch, linear)
-                wanted = model.classify(torch.tanh(model.dense(hidden[:, 0]))), model.tag(hidden)
+                wanted = model(batch)
             for ours, plain in zip(outputs, wanted, strict=True):
                 assert ours.dtype == torch.float32 and (ours - plain).abs().max() < close * plain.abs().max()
-        assert model.linear is linear
+            batch = dev.batch(batch.indices)  # not one of inference mode, which no gradient goes through
+            losses(model(batch), batch).sum().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+            model.zero_grad()
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
 
 
-def test_products_of_fp32_training_are_not_rounded():
-    """Whoever computes them: 12 bits or more come through, where bf16 has 8."""
+def test_one_batch_is_not_worth_packing(model, demo_data, monkeypatch):
+    """`predict` on one utterance takes four times as long with it."""
+    packed = []
+    monkeypatch.setattr("models.packed_linear", lambda: packed.append(1) or linear)
+    dev = demo_data.evaluation["dev"]
+    list(infer(model, dev, [np.arange(9)]))
+    assert not packed
+    list(infer(model, dev, [np.arange(9), np.arange(9)]))
+    assert len(packed) == onednn_is_faster("cpu")
+
+
+def test_products_of_fp32_training_are_not_rounded(products, monkeypatch):
+    """oneDNN computes them only where it does so in fp32. bf16 would be wrong by 0.2, TF32 by 0.02."""
     a, b = (torch.randn(300, 300, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    before = torch.get_float32_matmul_precision()
-    try:
-        choose_products("fp32", "cpu")
-        for m in (300, 7):
-            assert (a[:m] @ b - (a[:m].double() @ b.double())).abs().max() < 1e-4
-        choose_products("bf16", "cpu")
-        assert torch.get_float32_matmul_precision() == "highest"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    wanted = a.double() @ b.double()
+    choose_products("fp32", "cpu")
+    for ours in (a @ b, (b.T @ a.T).T, (a.view(2, 150, 300) @ b).flatten(0, 1), a[:7] @ b):
+        assert (ours - wanted[: len(ours)]).abs().max() < 1e-3
+    monkeypatch.setattr("models.onednn_is_faster", lambda device: True)
+    for amx, precision, setting in ((False, "fp32", "medium"), (True, "fp32", "highest"), (False, "bf16", "highest")):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda amx=amx: amx)
+        choose_products(precision, "cpu")
+        assert torch.get_float32_matmul_precision() == setting
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -166,10 +190,16 @@ def test_dropout_drops_p_keeps_the_mean_and_its_gradient_is_its_mask():
     assert dropout(x, 0.0) is x and dropout(x[:0], 0.1).shape == (0, 333)
 
 
-@pytest.mark.parametrize("length", [1, 12, 15, 16, 17, 40])
-def test_softmax_is_softmax(length):
-    x = torch.randn(3, 2, 5, length)
-    x[0, 0, :, length // 2 + 1 :] = -torch.inf
+@pytest.mark.parametrize("n", [0, 1, 4095, 4096, 1_000_003])
+def test_length_is_the_norm(n):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    torch.testing.assert_close(length(x).double(), x.double().norm(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 12, 15, 16, 17, 40])
+def test_softmax_is_softmax(columns):
+    x = torch.randn(3, 2, 5, columns)
+    x[0, 0, :, columns // 2 + 1 :] = -torch.inf
     torch.testing.assert_close(softmax(x), torch.softmax(x, -1))
 
 
