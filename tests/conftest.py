@@ -23,6 +23,12 @@ download.PAUSE = 0  # no test waits before another attempt
 SHARED = Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
 
 
+@pytest.fixture(autouse=True)
+def products_as_they_come():
+    """A run chooses who computes products for the whole process: the next test starts as PyTorch does."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def raw():
     """Folder of the raw datasets."""

@@ -102,16 +102,8 @@ def test_our_encoder_is_transformers_encoder(kind, demo_data):
         assert first.shape[1] == 1 and (first - wanted[:, :1]).abs().max() < 2e-5
 
 
-@pytest.fixture
-def products():
-    """Tests that choose who computes products leave that as it was."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("precision, close", [("fp32", 2e-5), ("bf16", 2e-2)])
-def test_a_pass_packs_the_weights_as_they_are_now(model, demo_data, products, precision, close):
+def test_a_pass_packs_the_weights_as_they_are_now(model, demo_data, precision, close):
     """Weights are packed once a pass. The next one must not see those of the one before, and a training step between
     two batches of a pass none at all: packed ones have no gradient."""
     if not onednn_is_faster("cpu"):
@@ -144,7 +136,7 @@ def test_one_batch_is_not_worth_packing(model, demo_data, monkeypatch):
     assert len(packed) == onednn_is_faster("cpu")
 
 
-def test_products_of_fp32_training_are_not_rounded(products, monkeypatch):
+def test_products_of_fp32_training_are_not_rounded(monkeypatch):
     """oneDNN computes them only where it does so in fp32. bf16 would be wrong by 0.2, TF32 by 0.02."""
     a, b = (torch.randn(300, 300, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     wanted = a.double() @ b.double()

@@ -420,7 +420,7 @@ def test_gradients_of_several_batches_add_up_and_of_none_are_zero(tiny, tokenize
 
     everything = np.arange(32)
     whole = stepped(everything)
-    torch.testing.assert_close(stepped(everything[::2], everything[1::2]), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stepped(everything[::2], everything[1::2]), whole, rtol=1e-5, atol=1e-6)
     assert stepped().count_nonzero() == 0
 
 
