@@ -18,6 +18,7 @@ import time
 import tracemalloc
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,16 @@ def as_it_comes():
     torch.set_float32_matmul_precision("highest")
 
 
+def under(products, work):
+    """The generator `work`, with products() called before every next(): others have chosen differently meanwhile."""
+    while True:
+        products()
+        yield next(work)
+
+
 def textbook(args, tokenizer, data, precision, products=as_it_comes):
     """Generators that train one batch, and score one batch, at every next(). The model is transformers', under autocast
-    in bf16; batches come from one shuffle, scores in dataset order, and are padded to their longest example. products:
-    called before each."""
+    in bf16; batches come from one shuffle, scores in dataset order, and are padded to their longest example."""
     model = NLUModel.build(args.model, tokenizer, data, args.seed).to(args.device)
     model.run_encoder = hugging_face
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
@@ -64,7 +71,6 @@ def textbook(args, tokenizer, data, precision, products=as_it_comes):
             order = np.random.permutation(n)
             for start in range(0, n, size):
                 model.train()
-                products()
                 batch = data.train.batch(order[start : start + size])
                 textbook_step(model, optimizer, batch, args.clip, autocast)
                 yield len(batch.indices)
@@ -73,13 +79,12 @@ def textbook(args, tokenizer, data, precision, products=as_it_comes):
         while True:
             for start in range(0, n, size):
                 model.eval()
-                products()
                 batch = data.train.batch(np.arange(start, min(start + size, n)))
                 with torch.no_grad(), autocast():
                     SCORES["el2n"](model(batch), batch)
                 yield len(batch.indices)
 
-    return training(), scoring()
+    return under(products, training()), under(products, scoring())
 
 
 def engine(args, tokenizer, data, precision):
@@ -95,7 +100,6 @@ def engine(args, tokenizer, data, precision):
         while True:
             for indices in batches(data.train.lengths, everything, args.batch_size, rng):
                 model.train()
-                choose_products(precision, args.device)
                 with clock("batch"):
                     batch = data.train.batch(indices)
                 with clock("forward"):
@@ -112,13 +116,13 @@ def engine(args, tokenizer, data, precision):
             cut = sorted_batches(data.train)
             order = rng.permutation(len(cut))
             for start in range(0, len(cut), 64):  # a pass over a large set would be a long turn
-                choose_products(precision, args.device)
                 part = [cut[i] for i in order[start : start + 64]]
                 for batch, outputs in infer(model, data.train, part):
                     SCORES["el2n"](outputs, batch)
                 yield sum(map(len, part))
 
-    return training(), scoring(), model, clock
+    products = partial(choose_products, precision, args.device)
+    return under(products, training()), under(products, scoring()), model, clock
 
 
 def alternate(variants, args):
@@ -181,9 +185,8 @@ def score_difference(model, split):
     model.run_encoder, ours = hugging_face, model.run_encoder
     plain = np.split(np.arange(len(split)), range(32, len(split), 32))
 
-    as_it_comes()
-
     def textbook_scores():
+        as_it_comes()
         with torch.inference_mode():
             return torch.cat([SCORES["el2n"](model(batch), batch) for batch in map(split.batch, plain)]).cpu().numpy()
 
@@ -301,9 +304,10 @@ def measure(args):
                      f"engine {precision} training": ours[precision][0],
                      f"engine {precision} scoring": ours[precision][1]}  # fmt: skip
         ours[precision][3].seconds.clear()
-    choose_products("fp32", args.device)
+    products = partial(choose_products, "fp32", args.device)
+    products()
     if torch.get_float32_matmul_precision() != "highest":  # how much of the gain is the choice of products alone
-        plain = textbook(args, tokenizer, data, "fp32", lambda: choose_products("fp32", args.device))
+        plain = textbook(args, tokenizer, data, "fp32", products)
         variants |= {"textbook fp32 by oneDNN training": plain[0], "textbook fp32 by oneDNN scoring": plain[1]}
     rates = result["rates"] = alternate(variants, args)
     result["step"] = {precision: dict(ours[precision][3].seconds) for precision in precisions}

@@ -348,7 +348,7 @@ def length(x):
 class FlatAdamW:
     """torch.optim.AdamW after clip_grad_norm_, on one flat fp32 vector of all weights; the model works with a copy.
 
-    One vector is one kernel for the norm, one for the step and one message between processes, not hundreds; a bf16
+    One vector is one kernel for the step, three for the norm and one message between processes, not hundreds; a bf16
     copy is cast once a step, not at every use (mixed precision with master weights, Micikevicius et al. 2018).
     A weight that a step does not use has the gradient 0.
     """
