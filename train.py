@@ -32,6 +32,9 @@ from pruning import Schedule, SelectionError, Smoother, choose, defaults, kept_s
 from report import RunError
 from scoring import METHODS, WATCHED, Scorer
 
+# PyTorch's allocator says it; oneDNN that lacks memory says only what it could not do.
+NO_MEMORY = ("allocate memory", "could not create a primitive", "could not execute a primitive", "bad_alloc")
+
 
 def train(model, data, schedule, args, clock, folder):
     """Fine-tune `model` in place and log every epoch to `folder`, from its checkpoint on if it has one. Returns the
@@ -283,8 +286,9 @@ def main(argv=None, start=None):
     except KeyboardInterrupt as error:
         message, status = "interrupted", 128 + (error.args or (signal.SIGINT,))[0]
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            message = f"error: out of memory; lower --batch-size {args.batch_size} or --max-length {args.max_length}"
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in NO_MEMORY):
+            message = (f"error: out of memory; lower --batch-size {args.batch_size} or --max-length {args.max_length} "
+                       f"({(str(error) or type(error).__name__).splitlines()[0]})")
         elif lost_process(error):
             message = f"error: lost another process of this run ({str(error).splitlines()[0]})"
         else:

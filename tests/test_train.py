@@ -312,15 +312,17 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(tiny, flags, message, 
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: …"), MemoryError()])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: …"),
+                                   RuntimeError("could not create a primitive")])
 def test_running_out_of_memory_says_what_to_lower(monkeypatch, capsys, error):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(train, "run", fail)
     assert train.main(["--batch-size", "64"]) == 2
-    assert capsys.readouterr().err == "train.py: error: out of memory; lower --batch-size 64 or --max-length 256\n"
+    assert capsys.readouterr().err == ("train.py: error: out of memory; lower --batch-size 64 or --max-length 256 "
+                                       f"({str(error) or 'MemoryError'})\n")
 
 
 def test_full_ignores_the_flags_of_pruning():
