@@ -52,6 +52,8 @@ def defaults(args):
     flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
     if args.method in ("random", "forgetting", "infobatch"):  # an average would favour random draws of earlier rounds
         flags |= {"ema": 1.0, "std_weight": 0.0}
+    if args.draw:  # what has not been drawn for long keeps its old, high score, until that has it drawn
+        flags |= {"cycle": 1, "rescore": "none", "ema": 1.0, "std_weight": 0.0}
     if args.method in ("random", "grand") or args.selection == "static":  # selected once, by the model as it is then
         flags["rescore"] = "all"
     if args.method == "random" and args.selection == "static":
@@ -69,14 +71,17 @@ def kept_size(n, keep):
 
 
 def choose(importance, labels, args, rng):
-    """What to train on until the next selection, by the flags --method, --keep, --offset, --stratify, --class-floor.
+    """What to train on until the next selection, by the flags --method, --keep, --draw, --offset, --stratify and
+    --class-floor.
 
     importance: (N,) float; labels: (N,) int; rng: a numpy generator. Returns the kept indices, ascending, int64, and
     the weight of each example in the loss, (N,) float32.
     """
     if args.method == "infobatch":
         return soft_prune(importance, args.keep, rng)
-    if args.stratify:
+    if args.draw:
+        kept = drawn(importance, args.keep, args.offset, rng)
+    elif args.stratify:
         kept = stratified(importance, args.keep, args.offset, rng)
     else:
         kept = select(importance, args.keep, args.offset)
@@ -111,6 +116,18 @@ def select(scores, keep, offset=0.0):
     """
     order, size = ranked(scores, keep, offset)
     return np.sort(order[:size])
+
+
+def drawn(scores, keep, offset, rng):
+    """As `select`, but drawn without replacement: each next one with a probability in proportion to its score among
+    those that are left. These are the highest ln(score) + Gumbel noise (Efraimidis and Spirakis 2006, in logarithms).
+
+    scores: (N,) float, none below 0; those of 0 come last, the higher index first.
+    """
+    order, size = ranked(scores, keep, offset)
+    with np.errstate(divide="ignore"):
+        keys = np.log(scores[order], dtype=float) + rng.gumbel(size=len(order))
+    return np.sort(order[np.argsort(keys)[-size:]])
 
 
 def stratified(scores, keep, offset, rng, bins=50):

@@ -432,7 +432,7 @@ def summary(row):
     evaluated = [split for split in ("test", "dev", "dev_mismatched") if split in row]
     when = "(after the last epoch)" if "test" in row else "(after the last epoch; there is no test split)"
     lines = [
-        f"{args['dataset']}, {args['method']}, kept {kept_share(args)}, seed {args['seed']}, "
+        f"{args['dataset']}, {rule(row)}, kept {kept_share(args)}, seed {args['seed']}, "
         f"{args['precision']} on {machine(row)}",
         *(f"{split:<6} {metrics_line(row[split])}   {when if split == evaluated[0] else ''}".rstrip()
           for split in evaluated),
@@ -459,8 +459,9 @@ def summary(row):
     if row["scoring_rounds"] and args["selection"] == "dynamic":
         metric, began, end = main_metric(row), row["curve"][args["full_epochs"] - 1], row["curve"][-1]
         if end[metric] < began[metric]:
+            advice = "a higher --keep" + ("" if args["draw"] else ", or --draw,")
             lines.append(f"lost   dev {metric} was {began[metric]:.2f} before anything was pruned: too little is kept, "
-                         "or little but wrong labels; a higher --keep, --stratify or --offset may help")  # fmt: skip
+                         f"or little but wrong labels; {advice} may help")  # fmt: skip
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
     if not args["no_model"]:
         where = json.dumps(f"{folder}/model", ensure_ascii=False)
@@ -496,9 +497,9 @@ def read_rows(paths):
 NOT_SETTINGS = {"seed", "out", "no_model", "data_dir", "save_every"}
 # A run on everything is the same whatever these are.
 PRUNING = {"method", "keep", "full_epochs", "cycle", "full_end", "selection", "rescore", "ema", "std_weight", "offset",
-           "stratify", "class_floor"}  # fmt: skip
+           "draw", "stratify", "class_floor"}  # fmt: skip
 # What a run did from before these flags.
-BEFORE = {"selection": "dynamic", "rescore": "all", "full_end": 0, "stratify": False, "class_floor": 0}
+BEFORE = {"selection": "dynamic", "rescore": "all", "full_end": 0, "draw": False, "stratify": False, "class_floor": 0}
 
 
 def settings(row):
@@ -634,7 +635,15 @@ def difference(values):
 
 def described_by(row, flag):
     """Among which runs a flag may tell `row` apart: of pruning, those of its method; else, all. A tuple."""
-    return (flag, row["args"]["method"], settings(row).get("selection")) if flag in PRUNING else (flag,)
+    own = settings(row)
+    return (flag, row["args"]["method"], own.get("selection"), own.get("draw")) if flag in PRUNING else (flag,)
+
+
+def rule(row):
+    """By what a run selected, in few words."""
+    own = settings(row)
+    static, drawn = own.get("selection") == "static", own.get("draw", False)
+    return row["args"]["method"] + ", static" * static + ", drawn" * drawn
 
 
 def differing_flags(rows):
@@ -642,7 +651,7 @@ def differing_flags(rows):
     values = {}
     for row in rows:
         for flag, value in settings(row).items():
-            if flag not in ("dataset", "method", "selection", "keep", "epochs"):
+            if flag not in ("dataset", "method", "selection", "draw", "keep", "epochs"):
                 among = row["args"]["dataset"], described_by(row, flag)
                 values.setdefault(among, set()).add(json.dumps(value))
     return {flag for (_, flag), found in values.items() if len(found) > 1}
@@ -653,7 +662,7 @@ def describe(row, flags):
     own = settings(row)
     named = [flag.replace("_", "-") + ("" if own[flag] is True else f" {own[flag]}")
              for flag in sorted(own) if own[flag] and described_by(row, flag) in flags]  # fmt: skip
-    return ", ".join([row["args"]["method"]] + ["static"] * (own.get("selection") == "static") + named)
+    return ", ".join([rule(row), *named])
 
 
 def kept_share(args):

@@ -82,6 +82,13 @@ for seed in ${SEEDS:-0 1 2}; do
             done
         done
 
+        # Drawn anew every epoch, with chances in proportion to EL2N: no scoring pass, and not only the hardest.
+        for keep in $KEEPS; do
+            if wanted el2n && [ -z "${PAPER:-}" ]; then
+                each --method el2n --keep "$keep" --epochs "$epochs" --draw "$@"
+            fi
+        done
+
         # More time saved at the same share: half the data with fewer selections, a fifth in 6/10 of the epochs, rounded
         # up. Only where that is another run and prunes after two full epochs; the paper has a schedule of its own. And
         # a fifth from all ranges of scores, as the hardest are but errors where a model errs on more than a fifth.

@@ -30,7 +30,7 @@ from metrics import evaluate
 from models import FlatAdamW, NLUModel, choose_products, limit_vocabulary, losses, predictions
 from pruning import Schedule, SelectionError, Smoother, choose, defaults, kept_size
 from report import RunError
-from scoring import METHODS, WATCHED, Scorer
+from scoring import METHODS, SCORES, WATCHED, Scorer
 
 # PyTorch's allocator says it; oneDNN that lacks memory says only what it could not do.
 NO_MEMORY = ("allocate memory", "could not create a primitive", "could not execute a primitive", "bad_alloc")
@@ -148,17 +148,20 @@ def parse(argv=None):
     add("--epochs", type=int, default=10, metavar="E", help="E: epochs in all; static: after τ others (10)")
     add("--full-epochs", type=int, metavar="τ",
         help="τ: epochs on everything before the first selection (2; infobatch: 1; random static: 0)")
-    add("--cycle", type=int, metavar="T", help="T: epochs from one selection to the next (2; infobatch: 1)")
+    add("--cycle", type=int, metavar="T", help="T: epochs from one selection to the next (2; infobatch, --draw: 1)")
     add("--full-end", type=int, metavar="F", help="F: last epochs, on everything again (0; infobatch: an eighth of E)")
     add("--selection", default="dynamic", choices=["dynamic", "static"],
         help="dynamic: every T epochs anew; static: once, after τ epochs, to train E epochs from the start (dynamic)")
     add("--rescore", choices=["all", "untrained", "none"],
         help="what a selection makes a scoring pass over: all; what was not trained on in the last epoch; none. Others "
-        "have the score of their last training step (untrained; static, grand: all; forgetting, infobatch: none)")
+        "have the score of their last training step (untrained; static, grand: all; --draw, forgetting, infobatch: "
+        "none)")
     add("--ema", type=float, metavar="α", help="α: weight of the newest score in the average over rounds, in (0, 1] "
-        "(0.8; random, forgetting, infobatch: 1, which is no smoothing)")
+        "(0.8; random, forgetting, infobatch, --draw: 1, which is no smoothing)")
     add("--std-weight", type=float, metavar="c", help="c: weight of the scores' deviation over rounds (1; those: 0)")
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
+    add("--draw", action="store_true", help="draw what is kept anew every epoch, with chances in proportion to the "
+        "scores, instead of keeping the highest")
     add("--stratify", action="store_true", help="keep equally many from each of 50 ranges of scores, at random")
     add("--class-floor", type=int, default=0, metavar="N", help="keep at least N examples of each label (0)")
     add("--lr", type=float, help="learning rate at the start (2e-4; classification: 1e-4)")
@@ -215,9 +218,11 @@ def parse(argv=None):
     check("full-epochs", args.keep == 1 or pruned > 0, "lower, or --full-end, or nothing is ever pruned")
     check("rescore", args.rescore == "none" or args.method not in WATCHED, "none: it is known from training alone")
     check("rescore", args.rescore == "all" or args.method not in ("grand", "random"), "all")
-    ruled = args.selection == "static" or args.offset or args.stratify or args.class_floor
-    check("method", args.method != "infobatch" or not ruled, "another one for --selection static, --offset, --stratify "
-          "or --class-floor: it has its own rule")
+    ruled = args.selection == "static" or args.offset or args.draw or args.stratify or args.class_floor
+    check("method", args.method != "infobatch" or not ruled, "another one for --selection static, --offset, --draw, "
+          "--stratify or --class-floor: it has its own rule")
+    check("method", not args.draw or args.method in (*SCORES, "grand", "full"), "el2n, loss or grand for --draw")
+    check("draw", not (args.draw and args.stratify), "left out with --stratify")
     check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,5 +1,8 @@
 """The schedule, exact selection and smoothing, against their definitions."""
 
+from collections import Counter
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +13,7 @@ from pruning import (
     SelectionError,
     Smoother,
     choose,
+    drawn,
     kept_size,
     select,
     soft_prune,
@@ -98,6 +102,39 @@ def test_select_refuses_what_is_no_number(bad):
 
 def test_an_offset_that_rounds_up_with_keep_still_keeps_what_was_asked():
     assert len(select(np.arange(4479.0), 0.5, 0.5)) == 2240
+
+
+def slow_chances(scores, size):
+    """{kept: probability} of drawing one after the other, each in proportion to its score among those left."""
+    chances = Counter()
+    for order in permutations(range(len(scores)), size):
+        chance, left = 1.0, sum(scores)
+        for i in order:
+            chance, left = chance * scores[i] / left, left - scores[i]
+        chances[tuple(sorted(order))] += chance
+    return chances
+
+
+@pytest.mark.parametrize(("scores", "keep"), [([1, 2, 3, 4], 0.5), ([5, 0.1, 0.1, 1, 2], 0.6), ([1, 1, 1], 1 / 3)])
+def test_drawing_has_the_chances_of_one_example_after_the_other(rng, scores, keep):
+    n, wanted = 10_000, slow_chances(scores, round(keep * len(scores)))
+    got = Counter(tuple(drawn(np.array(scores, float), keep, 0.0, rng).tolist()) for _ in range(n))
+    assert set(got) <= set(wanted) and sum(wanted.values()) == pytest.approx(1)
+    for kept, chance in wanted.items():
+        assert got[kept] / n == pytest.approx(chance, abs=4.5 * (chance * (1 - chance) / n) ** 0.5)
+
+
+def test_drawing_takes_what_has_no_score_last_and_what_is_set_aside_never(rng):
+    scores = np.r_[np.zeros(50), rng.random(50).astype(np.float32)].astype(np.float32)
+    highest = select(scores, 0.1)
+    for _ in range(20):
+        assert drawn(scores, 0.2, 0.0, rng).min() >= 50  # 20 of the 50 that have one
+        assert set(range(50, 100)) < set(drawn(scores, 0.6, 0.0, rng).tolist())
+        kept = drawn(scores, 0.2, 0.1, rng)
+        assert len(set(kept.tolist())) == 20 and not set(kept.tolist()) & set(highest.tolist())
+        assert kept.dtype == np.int64 and kept.tolist() == sorted(kept.tolist())
+    with pytest.raises(SelectionError, match="1 of 2 scores are NaN"):
+        drawn(np.array([np.nan, 1.0]), 0.5, 0.0, rng)
 
 
 def slow_stratified(scores, keep, offset, bins):
@@ -202,6 +239,8 @@ def test_flags_choose_the_rule(rng):
     for line, wanted in flags.items():
         kept, weights = choose(scores, labels, parse(line.split()), rng)
         assert kept.tolist() == list(wanted) and (weights == 1).all() and weights.shape == (100,)
+    draws = [choose(scores, labels, parse(["--keep", "0.2", "--draw"]), rng)[0] for _ in range(50)]
+    assert 60 < np.mean(draws) < 75 and {len(kept) for kept in draws} == {20}  # 2/3 of the way up, or a little less
     kept, _ = choose(scores, labels, parse(["--keep", "0.2", "--stratify"]), rng)
     assert len(kept) == 20 and kept.min() < 40 and kept.max() > 60
     kept, weights = choose(scores, labels, parse(["--method", "infobatch"]), rng)

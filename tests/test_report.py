@@ -96,8 +96,9 @@ def test_only_a_difference_over_seeds_is_called_one():
 def test_rows_say_in_which_flags_they_differ():
     assert [line[1] for line in cells([row(), row(lr=2e-4)])] == ["el2n, lr 0.0001", "el2n, lr 0.0002"]
     assert len(cells([row("full"), row("full", seed=1, full_epochs=4)])) == 1  # which does not matter to a full run
-    own = [row(cycle=2), row("infobatch", cycle=1), row(selection="static", cycle=2)]  # a method's own: not named
-    assert [line[1] for line in cells(own)] == ["el2n", "infobatch", "el2n, static"]
+    own = [row(cycle=2), row("infobatch", cycle=1), row(selection="static", cycle=4), row(draw=True, cycle=1),
+           row(keep=0.2, draw=False, cycle=2)]  # a method's own: not named
+    assert [line[1] for line in cells(own)] == ["el2n", "infobatch", "el2n, static", "el2n, drawn", "el2n"]
     off = [row(offset=0.0), row(offset=0.0, stratify=True), row(offset=0.1)]
     assert [line[1] for line in cells(off)] == ["el2n", "el2n, stratify", "el2n, offset 0.1"]
     two = [row(cycle=2), row(cycle=4), row("loss", cycle=2)]  # which differ for el2n alone

@@ -102,7 +102,7 @@ def log_of(folder):
               ("--method", "full"), ("--schedule", "constant", "--cycle", "3")], [1, 4]),
     # In a checkpoint for these alone: the weights of examples, scores of training steps, the pretrained weights.
     *product([("--method", "infobatch", "--cycle", "2"), ("--method", "forgetting", "--cycle", "2"),
-              ("--selection", "static")], [2, 3, 4]),
+              ("--draw",), ("--selection", "static")], [2, 3, 4]),
 ])  # fmt: skip
 def test_a_killed_run_ends_as_if_it_had_not_been(command, whole, monkeypatch, flags, epoch):
     """Between an epoch's log line and its checkpoint, where the log is ahead of what can be gone on with."""

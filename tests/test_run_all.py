@@ -38,17 +38,18 @@ def test_it_lists_commands_that_are_valid_and_differ(settings):
 def test_settings_choose_what_is_run():
     commands = listed(DATASETS="atis", METHODS="el2n full", KEEPS="0.4", SEEDS="7", EPOCHS="4", MODEL="m", OUT="o")
     wanted = ("--method full --epochs 4", "--method full --epochs 2", "--method full --epochs 1",
-              "--method el2n --keep 0.4 --epochs 4", "--method el2n --selection static --keep 0.4 --epochs 4")
+              "--method el2n --keep 0.4 --epochs 4", "--method el2n --keep 0.4 --epochs 4 --draw",
+              "--method el2n --selection static --keep 0.4 --epochs 4")
     assert commands == [f"python train.py --dataset atis --seed 7 {flags} --model m --no-model --resume auto --out o "
                         for flags in wanted]  # fmt: skip
 
 
 def test_savings_beyond_the_share():
     fifth, half = ({"DATASETS": "atis", "METHODS": "el2n", "KEEPS": keep, "SEEDS": "0"} for keep in ("0.2", "0.5"))
-    assert "--method el2n --keep 0.2 --epochs 6 " in listed(**fifth)[1]
-    assert "--method el2n --keep 0.5 --epochs 10 --cycle 4 " in listed(**half)[1]
-    assert "--method el2n --keep 0.2 --epochs 10 --stratify " in listed(**fifth)[2]
-    assert len(listed(**fifth, EPOCHS="3")) == 3  # 6/10 of 3 epochs would leave none to prune
+    assert "--method el2n --keep 0.2 --epochs 6 " in listed(**fifth)[2]
+    assert "--method el2n --keep 0.5 --epochs 10 --cycle 4 " in listed(**half)[2]
+    assert "--method el2n --keep 0.2 --epochs 10 --stratify " in listed(**fifth)[3]
+    assert len(listed(**fifth, EPOCHS="3")) == 4  # 6/10 of 3 epochs would leave none to prune
 
 
 def test_the_papers_setting():

@@ -147,7 +147,7 @@ def test_random_keeps_exactly_as_many_and_draws_anew(run):
 
 
 @pytest.mark.parametrize("flags", [("--method", "forgetting"), ("--method", "infobatch"), ("--method", "grand"),
-                                   ("--method", "loss", "--stratify"), ("--selection", "static"),
+                                   ("--method", "loss", "--stratify"), ("--selection", "static"), ("--draw",),
                                    ("--rescore", "all"), ("--rescore", "none"), ("--class-floor", 3)])
 def test_every_method_runs_and_counts_what_it_did(run, flags):
     row, folder = run("--keep", 0.5, *flags)
@@ -157,8 +157,20 @@ def test_every_method_runs_and_counts_what_it_did(run, flags):
     assert all(scored["keep"].sum() in sizes for scored in rounds.values())
     if "infobatch" not in flags:
         assert set(sizes) == {400, 200}
-    own = {"forgetting": "none", "infobatch": "none", "grand": "all", "static": "all"}
-    assert row["args"]["rescore"] == own.get(flags[1], flags[1] if flags[0] == "--rescore" else "untrained")
+    own = {"forgetting": "none", "infobatch": "none", "grand": "all", "static": "all", "--draw": "none"}
+    assert row["args"]["rescore"] == own.get(flags[-1], flags[-1] if flags[0] == "--rescore" else "untrained")
+
+
+def test_drawing_keeps_other_examples_every_epoch_and_needs_no_scoring_pass(run, monkeypatch):
+    monkeypatch.setattr("scoring.score", None)
+    _, folder = run("--draw", "--keep", 0.25)
+    rounds = read_rounds(folder)
+    assert list(rounds) == ["epoch-002.npz", "epoch-003.npz", "epoch-004.npz"]
+    masks = [scored["keep"] for scored in rounds.values()]
+    assert [mask.sum() for mask in masks] == [100] * 3 and 100 < np.any(masks, 0).sum() < 300
+    first, second, third = (scored["scores"] for scored in rounds.values())
+    assert np.array_equal(first != second, masks[0]) and np.array_equal(second != third, masks[1])  # the newest of each
+    assert first[masks[0]].mean() > first[~masks[0]].mean()  # the higher the likelier
 
 
 def test_infobatch_keeps_all_above_the_mean_and_ends_on_everything(run):
@@ -260,6 +272,9 @@ BAD_FLAGS = {
     "--method grand --rescore untrained": "--rescore untrained: must be all",
     "--method infobatch --selection static": "--method infobatch: must be another one for --selection static",
     "--method infobatch --stratify": "--method infobatch: must be another one",
+    "--method infobatch --draw": "--method infobatch: must be another one for --selection static, --offset, --draw",
+    "--method random --draw": "--method random: must be el2n, loss or grand for --draw",
+    "--draw --stratify": "--draw True: must be left out with --stratify",
     "--method random --full-epochs -1": "--full-epochs -1: must be at least 1 (random: 0)",
     "--cycle 0": "--cycle 0: must be at least 1",
     "--batch-size 0": "--batch-size 0: must be at least 1",
