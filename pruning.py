@@ -50,10 +50,10 @@ class Schedule:
 def defaults(args):
     """The schedule that comes with --method, --epochs and --selection: {flag: value} for those that are not given."""
     flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
-    if args.method in ("random", "forgetting", "infobatch"):  # an average would favour random draws of earlier rounds
-        flags |= {"ema": 1.0, "std_weight": 0.0}
-    if args.draw:  # what has not been drawn for long keeps its old, high score, until that has it drawn
-        flags |= {"cycle": 1, "rescore": "none", "ema": 1.0, "std_weight": 0.0}
+    if args.draw or args.method in ("random", "forgetting", "infobatch"):
+        flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour earlier rounds' random draws, or old scores
+    if args.draw:  # what has not been drawn for long keeps an old score, as a rule a high one, until that has it drawn
+        flags |= {"cycle": 1, "rescore": "none"}
     if args.method in ("random", "grand") or args.selection == "static":  # selected once, by the model as it is then
         flags["rescore"] = "all"
     if args.method == "random" and args.selection == "static":
@@ -80,8 +80,8 @@ def choose(importance, labels, args, rng):
     if args.method == "infobatch":
         return soft_prune(importance, args.keep, rng)
     if args.draw:
-        kept = drawn(importance, args.keep, args.offset, rng)
-    elif args.stratify:
+        importance = perturbed(importance, rng)
+    if args.stratify:
         kept = stratified(importance, args.keep, args.offset, rng)
     else:
         kept = select(importance, args.keep, args.offset)
@@ -118,16 +118,15 @@ def select(scores, keep, offset=0.0):
     return np.sort(order[:size])
 
 
-def drawn(scores, keep, offset, rng):
-    """As `select`, but drawn without replacement: each next one with a probability in proportion to its score among
-    those that are left. These are the highest ln(score) + Gumbel noise (Efraimidis and Spirakis 2006, in logarithms).
+def perturbed(scores, rng):
+    """ln(score) + Gumbel noise, (N,) float64. The k highest are a draw of k without replacement, one after the other,
+    each with a chance in proportion to its score among those left (Efraimidis and Spirakis 2006, in logarithms).
 
-    scores: (N,) float, none below 0; those of 0 come last, the higher index first.
+    scores: (N,) float; SelectionError where one is below 0. Those of 0 come last, in no order.
     """
-    order, size = ranked(scores, keep, offset)
-    with np.errstate(divide="ignore"):
-        keys = np.log(scores[order], dtype=float) + rng.gumbel(size=len(order))
-    return np.sort(order[np.argsort(keys)[-size:]])
+    if (scores < 0).any():
+        raise SelectionError(f"{(scores < 0).sum()} of {len(scores)} scores are below 0: no chances")
+    return np.log(np.maximum(scores, 1e-30), dtype=float) + rng.gumbel(size=len(scores))
 
 
 def stratified(scores, keep, offset, rng, bins=50):

@@ -158,13 +158,13 @@ def reopen(args):
     if args.resume == "auto":
         wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
         for owner, row in recorded_in(out):
-            if row["args"] | wanted == flags(args) and finished(owner, row):
+            if BEFORE | row["args"] | wanted == flags(args) and finished(owner, row):
                 remove_checkpoints(owner)  # where the run was killed just before it would have done so
                 return None, from_first(row)
         same = []
         for config in out.glob("*/config.json"):
             try:
-                if read_config(config.parent)["args"] | wanted == flags(args):
+                if BEFORE | read_config(config.parent)["args"] | wanted == flags(args):
                     same.append((config.stat().st_mtime_ns, config.parent))
             except RunError as error:
                 print(f"warning: {error}; passed over", file=sys.stderr)
@@ -287,7 +287,8 @@ def load_checkpoint(folder, identity):
         if hashlib.sha256(raw[32:]).digest() != raw[:32]:
             raise ValueError("the checksum is wrong")
         state = converted(torch.load(io.BytesIO(raw[32:]), weights_only=True), torch.Tensor, torch.Tensor.numpy)
-        other = [name for name in identity if state["identity"].get(name) != identity[name]]
+        saved = BEFORE | state["identity"]
+        other = [name for name in identity if saved.get(name) != identity[name]]
     except Exception:  # whatever foreign bytes make torch.load raise; it would go on to advise weights_only=False
         raise RunError(f"{path}: damaged, or no checkpoint of this program; the run has to start anew, without "
                        "--resume") from None
@@ -432,7 +433,7 @@ def summary(row):
     evaluated = [split for split in ("test", "dev", "dev_mismatched") if split in row]
     when = "(after the last epoch)" if "test" in row else "(after the last epoch; there is no test split)"
     lines = [
-        f"{args['dataset']}, {rule(row)}, kept {kept_share(args)}, seed {args['seed']}, "
+        f"{args['dataset']}, {method_of(row)}, kept {kept_share(args)}, seed {args['seed']}, "
         f"{args['precision']} on {machine(row)}",
         *(f"{split:<6} {metrics_line(row[split])}   {when if split == evaluated[0] else ''}".rstrip()
           for split in evaluated),
@@ -448,7 +449,7 @@ def summary(row):
             f"saved  {1 - seconds['total'] / row['full_seconds']:.1%} of an estimated {row['full_seconds']:.1f} s for "
             f"{args['epochs']} epochs on everything, at the pace of this run's "
             f"{len(row['curve']) - row['pruned_epochs']} full ones;",
-            f"       the cost model says {1 - row['model_time']:.1%}, with {row['scoring_rounds']} scoring passes of "
+            f"       the cost model says {1 - row['model_time']:.1%}, with {row['scoring_rounds']} selections at "
             f"{row['scoring_cost']:.2f} epochs each. The same command with --method full measures it.",
         ]
     if args["dataset"] == "demo" and row["scoring_rounds"] and args["method"] != "random":
@@ -459,7 +460,8 @@ def summary(row):
     if row["scoring_rounds"] and args["selection"] == "dynamic":
         metric, began, end = main_metric(row), row["curve"][args["full_epochs"] - 1], row["curve"][-1]
         if end[metric] < began[metric]:
-            advice = "a higher --keep" + ("" if args["draw"] else ", or --draw,")
+            highest = args["method"] in ("el2n", "loss") and not (args.get("draw") or args["stratify"])
+            advice = "a higher --keep" + ", --draw or --stratify" * highest
             lines.append(f"lost   dev {metric} was {began[metric]:.2f} before anything was pruned: too little is kept, "
                          f"or little but wrong labels; {advice} may help")  # fmt: skip
     lines.append(f"left   {folder}/ with the log, scores and keep-masks; a row in {folder.parent / 'results.jsonl'}")
@@ -482,8 +484,9 @@ def read_rows(paths):
             try:
                 row = json.loads(line)
                 table([row])  # fails where something is missing
-                percent, seconds = reported(row).values(), row["seconds"]["total"]
-                if not (all(-100 <= value <= 100 for value in percent) and 0 < seconds < 1e9):
+                percent = reported(row).values()
+                positive = row["seconds"]["total"], row.get("full_seconds") or 1, row["args"]["epochs"]
+                if not (all(-100 <= value <= 100 for value in percent) and all(0 < value < 1e9 for value in positive)):
                     raise ValueError("no figures of a run")
                 rows.append(row)
             except (ValueError, KeyError, TypeError, AttributeError, StopIteration, OverflowError, RecursionError):
@@ -509,7 +512,7 @@ def settings(row):
 
 
 def platform_of(row):
-    """What two timings must share to be compared."""
+    """What two runs must share to be compared."""
     environment = row["environment"]
     return (machine(row), *(environment[name] for name in ("threads", "torch", "transformers")),
             environment.get("processes", 1))
@@ -532,6 +535,17 @@ def accuracy_of(row):
 
 def seconds_of(row):
     return row["seconds"]["total"]
+
+
+def cost(row, full):
+    """Time of a run in epochs on everything: its own ones, as a machine is faster on some days than on others; where it
+    had none, those of `full`, a row on full data."""
+    flags = row["args"]
+    if flags["method"] == "full":
+        return flags["epochs"]
+    seconds, epochs = (row["full_seconds"], flags["epochs"]) if row.get("full_seconds") else (
+        seconds_of(full), full["args"]["epochs"])  # fmt: skip
+    return seconds_of(row) * epochs / seconds
 
 
 @dataclass
@@ -561,18 +575,17 @@ class Group:
 
     def times(self):
         """Time as a share of that on full data, one a seed."""
-        return [seconds_of(row) / seconds_of(full) for row, full in zip(self.runs, self.full)]
+        return [cost(row, full) / full["args"]["epochs"] for row, full in zip(self.runs, self.full)]
 
     def equal_time_gains(self):
         """Points above what full data reaches in the same time with fewer epochs, between whose numbers a straight line
-        is drawn; one a seed, or None where a run took less or more time than any of those."""
+        is drawn; one a seed, or None where a run took less or more time than any of those. For a compared group."""
         gains = []
-        for row, curve in zip(self.runs, self.curves):
-            seconds = [seconds_of(full) for full in curve]
-            if not seconds or not min(seconds) <= seconds_of(row) <= max(seconds):
+        for row, full, curve in zip(self.runs, self.full, self.curves):
+            epochs, accuracy = zip(*sorted((other["args"]["epochs"], accuracy_of(other)) for other in curve))
+            if not epochs[0] <= cost(row, full) <= epochs[-1]:
                 return None
-            points = sorted((seconds_of(full), accuracy_of(full)) for full in curve)
-            gains.append(accuracy_of(row) - float(np.interp(seconds_of(row), *zip(*points))))
+            gains.append(accuracy_of(row) - float(np.interp(cost(row, full), epochs, accuracy)))
         return gains
 
 
@@ -639,10 +652,10 @@ def described_by(row, flag):
     return (flag, row["args"]["method"], own.get("selection"), own.get("draw")) if flag in PRUNING else (flag,)
 
 
-def rule(row):
-    """By what a run selected, in few words."""
+def method_of(row):
+    """The method and how it selected, in few words."""
     own = settings(row)
-    static, drawn = own.get("selection") == "static", own.get("draw", False)
+    static, drawn = own.get("selection") == "static", own.get("draw") is True
     return row["args"]["method"] + ", static" * static + ", drawn" * drawn
 
 
@@ -651,7 +664,7 @@ def differing_flags(rows):
     values = {}
     for row in rows:
         for flag, value in settings(row).items():
-            if flag not in ("dataset", "method", "selection", "draw", "keep", "epochs"):
+            if flag not in ("dataset", "keep", "epochs"):
                 among = row["args"]["dataset"], described_by(row, flag)
                 values.setdefault(among, set()).add(json.dumps(value))
     return {flag for (_, flag), found in values.items() if len(found) > 1}
@@ -662,7 +675,7 @@ def describe(row, flags):
     own = settings(row)
     named = [flag.replace("_", "-") + ("" if own[flag] is True else f" {own[flag]}")
              for flag in sorted(own) if own[flag] and described_by(row, flag) in flags]  # fmt: skip
-    return ", ".join([rule(row), *named])
+    return ", ".join([method_of(row), *named])
 
 
 def kept_share(args):
@@ -697,7 +710,8 @@ def table(rows):
             "deviation over n seeds. Differences are of frame_acc, or of the first metric, from full data for the most "
             "epochs, seed by seed; p is of a paired t-test, and those with p < 0.05 are bold. Of full data in the same "
             "time: from runs with fewer epochs, between which a straight line is drawn, which lies below a curve that "
-            f"flattens. Machine: {'; '.join(machines)}.")
+            "flattens. Time is counted in a run's own epochs on everything, as a machine is not as fast every day. "
+            f"Machine: {'; '.join(machines)}.")
     return "\n".join([*lines, "", note])
 
 

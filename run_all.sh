@@ -73,17 +73,14 @@ for seed in ${SEEDS:-0 1 2}; do
             done
         fi
 
-        # Dynamic selection, at each share. Random draws anew every round.
+        # Dynamic selection, at each share. Random draws anew every round; so does --draw every epoch, with chances by
+        # score, which needs no scoring pass.
         for keep in $KEEPS; do
             for method in random el2n loss forgetting grand; do
                 if wanted $method; then
                     each --method $method --keep "$keep" --epochs "$epochs" ${schedule[@]+"${schedule[@]}"} $(passes $method) "$@"
                 fi
             done
-        done
-
-        # Drawn anew every epoch, with chances in proportion to EL2N: no scoring pass, and not only the hardest.
-        for keep in $KEEPS; do
             if wanted el2n && [ -z "${PAPER:-}" ]; then
                 each --method el2n --keep "$keep" --epochs "$epochs" --draw "$@"
             fi

@@ -32,9 +32,6 @@ from pruning import Schedule, SelectionError, Smoother, choose, defaults, kept_s
 from report import RunError
 from scoring import METHODS, SCORES, WATCHED, Scorer
 
-# PyTorch's allocator says it; oneDNN that lacks memory says only what it could not do.
-NO_MEMORY = ("allocate memory", "could not create a primitive", "could not execute a primitive", "bad_alloc")
-
 
 def train(model, data, schedule, args, clock, folder):
     """Fine-tune `model` in place and log every epoch to `folder`, from its checkpoint on if it has one. Returns the
@@ -160,9 +157,10 @@ def parse(argv=None):
         "(0.8; random, forgetting, infobatch, --draw: 1, which is no smoothing)")
     add("--std-weight", type=float, metavar="c", help="c: weight of the scores' deviation over rounds (1; those: 0)")
     add("--offset", type=float, default=0.0, metavar="o", help="o: share with the very highest scores to set aside (0)")
-    add("--draw", action="store_true", help="draw what is kept anew every epoch, with chances in proportion to the "
-        "scores, instead of keeping the highest")
-    add("--stratify", action="store_true", help="keep equally many from each of 50 ranges of scores, at random")
+    either = p.add_mutually_exclusive_group().add_argument
+    either("--draw", action="store_true", help="draw what is kept, one example after the other, with chances in "
+           "proportion to their scores, instead of keeping the highest (el2n and loss)")
+    either("--stratify", action="store_true", help="keep equally many from each of 50 ranges of scores, at random")
     add("--class-floor", type=int, default=0, metavar="N", help="keep at least N examples of each label (0)")
     add("--lr", type=float, help="learning rate at the start (2e-4; classification: 1e-4)")
     add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: linear ends at 0 (linear)")
@@ -210,7 +208,7 @@ def parse(argv=None):
     check("max-length", 3 <= args.max_length < 2**15, "from 3 to 32767")
     check("seed", 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")
     if args.method == "full":
-        args.keep, args.offset = 1.0, 0.0
+        args.keep, args.offset, args.draw = 1.0, 0.0, False
     check("full-epochs", args.full_epochs >= (args.method != "random"), "at least 1 (random: 0)")
     check("full-end", args.full_end >= 0, "at least 0")
     check("class-floor", args.class_floor >= 0, "at least 0")
@@ -218,11 +216,11 @@ def parse(argv=None):
     check("full-epochs", args.keep == 1 or pruned > 0, "lower, or --full-end, or nothing is ever pruned")
     check("rescore", args.rescore == "none" or args.method not in WATCHED, "none: it is known from training alone")
     check("rescore", args.rescore == "all" or args.method not in ("grand", "random"), "all")
-    ruled = args.selection == "static" or args.offset or args.draw or args.stratify or args.class_floor
-    check("method", args.method != "infobatch" or not ruled, "another one for --selection static, --offset, --draw, "
-          "--stratify or --class-floor: it has its own rule")
-    check("method", not args.draw or args.method in (*SCORES, "grand", "full"), "el2n, loss or grand for --draw")
-    check("draw", not (args.draw and args.stratify), "left out with --stratify")
+    ruled = args.selection == "static" or args.offset or args.stratify or args.class_floor
+    check("method", args.method != "infobatch" or not ruled, "another one for --selection static, --offset, --stratify "
+          "or --class-floor: it has its own rule")
+    check("method", not args.draw or args.method in SCORES, f"{' or '.join(SCORES)} for --draw")
+    check("offset", not (args.draw and args.offset), "0 with --draw, where all have a chance")
     check("offset", 0 <= args.offset <= 1 - args.keep + 1e-9, f"at least 0 and at most 1 - keep = {1 - args.keep:g}")
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -274,6 +272,10 @@ def run(args, start=None):
     if rank() == 0:  # the folders of other processes hold no more than they have done since a run was resumed
         print("\n" + report.summary(row))
     return row
+
+
+# PyTorch's allocator says it; oneDNN that lacks memory says only what it could not do.
+NO_MEMORY = ("allocate memory", "could not create a primitive", "could not execute a primitive", "bad_alloc")
 
 
 def main(argv=None, start=None):

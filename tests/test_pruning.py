@@ -13,8 +13,8 @@ from pruning import (
     SelectionError,
     Smoother,
     choose,
-    drawn,
     kept_size,
+    perturbed,
     select,
     soft_prune,
     stratified,
@@ -118,23 +118,23 @@ def slow_chances(scores, size):
 @pytest.mark.parametrize(("scores", "keep"), [([1, 2, 3, 4], 0.5), ([5, 0.1, 0.1, 1, 2], 0.6), ([1, 1, 1], 1 / 3)])
 def test_drawing_has_the_chances_of_one_example_after_the_other(rng, scores, keep):
     n, wanted = 10_000, slow_chances(scores, round(keep * len(scores)))
-    got = Counter(tuple(drawn(np.array(scores, float), keep, 0.0, rng).tolist()) for _ in range(n))
+    got = Counter(tuple(select(perturbed(np.array(scores, float), rng), keep).tolist()) for _ in range(n))
     assert set(got) <= set(wanted) and sum(wanted.values()) == pytest.approx(1)
     for kept, chance in wanted.items():
         assert got[kept] / n == pytest.approx(chance, abs=4.5 * (chance * (1 - chance) / n) ** 0.5)
 
 
-def test_drawing_takes_what_has_no_score_last_and_what_is_set_aside_never(rng):
-    scores = np.r_[np.zeros(50), rng.random(50).astype(np.float32)].astype(np.float32)
-    highest = select(scores, 0.1)
-    for _ in range(20):
-        assert drawn(scores, 0.2, 0.0, rng).min() >= 50  # 20 of the 50 that have one
-        assert set(range(50, 100)) < set(drawn(scores, 0.6, 0.0, rng).tolist())
-        kept = drawn(scores, 0.2, 0.1, rng)
-        assert len(set(kept.tolist())) == 20 and not set(kept.tolist()) & set(highest.tolist())
-        assert kept.dtype == np.int64 and kept.tolist() == sorted(kept.tolist())
-    with pytest.raises(SelectionError, match="1 of 2 scores are NaN"):
-        drawn(np.array([np.nan, 1.0]), 0.5, 0.0, rng)
+def test_drawing_takes_what_has_no_score_last_and_at_random(rng):
+    scores = np.r_[np.zeros(50), rng.random(50)].astype(np.float32)
+    some, more, again = (set(select(perturbed(scores, rng), keep).tolist()) for keep in (0.2, 0.6, 0.6))
+    assert min(some) >= 50  # 20 of the 50 that have one
+    assert set(range(50, 100)) == {i for i in more if i >= 50} == {i for i in again if i >= 50} and more != again
+
+
+@pytest.mark.parametrize(("score", "message"), [(np.nan, "1 of 3 scores are NaN"), (-0.5, "1 of 3 scores are below 0")])
+def test_nothing_is_drawn_by_scores_that_are_no_chances(rng, score, message):
+    with pytest.raises(SelectionError, match=message):
+        select(perturbed(np.array([1.0, score, 1.0]), rng), 0.5)
 
 
 def slow_stratified(scores, keep, offset, bins):
@@ -241,6 +241,10 @@ def test_flags_choose_the_rule(rng):
         assert kept.tolist() == list(wanted) and (weights == 1).all() and weights.shape == (100,)
     draws = [choose(scores, labels, parse(["--keep", "0.2", "--draw"]), rng)[0] for _ in range(50)]
     assert 60 < np.mean(draws) < 75 and {len(kept) for kept in draws} == {20}  # 2/3 of the way up, or a little less
+    rare, args = np.r_[np.zeros(98, int), 1, 1], parse(["--keep", "0.2", "--draw", "--class-floor", "2"])
+    for _ in range(20):  # a floor brings in the rare ones, but changes nothing about the others' chances
+        kept, _ = choose(np.r_[np.ones(98), 0.0, 0.0], rare, args, rng)
+        assert {98, 99} < set(kept.tolist()) and len(kept) == 20
     kept, _ = choose(scores, labels, parse(["--keep", "0.2", "--stratify"]), rng)
     assert len(kept) == 20 and kept.min() < 40 and kept.max() > 60
     kept, weights = choose(scores, labels, parse(["--method", "infobatch"]), rng)

@@ -167,6 +167,25 @@ def test_save_every_leaves_out_checkpoints_but_the_last(command, monkeypatch):
     assert epochs == [2, 4, 5]
 
 
+def test_auto_knows_the_runs_from_before_a_flag(command, monkeypatch, capsys):
+    """A new flag is no reason to do everything again, nor to give up a run that has begun."""
+    def without(path):
+        facts = json.loads(path.read_text())
+        assert facts["args"].pop("draw") is False
+        path.write_text(json.dumps(facts) + "\n")
+
+    with monkeypatch.context() as patch:
+        identity = report.identity
+        patch.setattr(report, "identity", lambda *of: {k: v for k, v in identity(*of).items() if k != "draw"})
+        folder = killed(monkeypatch, command())
+    without(folder / "config.json")
+    assert run(command("--resume", "auto"))["folder"] == str(folder)
+    assert "resumed after epoch 2 of 5" in capsys.readouterr().out
+    without(folder.parent / "results.jsonl")
+    assert run(command("--resume", "auto"))["folder"] == str(folder)
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_auto_goes_on_with_the_same_flags_only(command, monkeypatch, capsys):
     folder = killed(monkeypatch, command("--seed", "3"))
     other = run(command("--seed", "4", "--resume", "auto"))

@@ -66,6 +66,10 @@ def test_a_run_that_pruning_has_spoilt_says_so(run):
     better = {name: value + 1 for name, value in row["dev"].items()}
     spoilt = report.summary(row | {"curve": [better, *row["curve"][1:]]})
     assert f"lost   dev frame_acc was {better['frame_acc']:.2f} before" in spoilt
+    assert "wrong labels; a higher --keep, --draw or --stratify may help" in spoilt
+    for flags in (["--method", "random"], ["--draw"], ["--stratify"]):  # no advice that would be refused or is taken
+        other, _ = run("--no-model", *flags)
+        assert "; a higher --keep may help" in report.summary(other | {"curve": [better, *row["curve"][1:]]})
     assert "lost   " not in report.summary(row | {"curve": [row["dev"]] * 4})
     row, _ = run("--no-model", "--method", "full")
     assert "lost   " not in report.summary(row | {"curve": [better] + [row["dev"]] * 3})
@@ -148,6 +152,7 @@ def test_random_keeps_exactly_as_many_and_draws_anew(run):
 
 @pytest.mark.parametrize("flags", [("--method", "forgetting"), ("--method", "infobatch"), ("--method", "grand"),
                                    ("--method", "loss", "--stratify"), ("--selection", "static"), ("--draw",),
+                                   ("--draw", "--selection", "static"),
                                    ("--rescore", "all"), ("--rescore", "none"), ("--class-floor", 3)])
 def test_every_method_runs_and_counts_what_it_did(run, flags):
     row, folder = run("--keep", 0.5, *flags)
@@ -272,9 +277,10 @@ BAD_FLAGS = {
     "--method grand --rescore untrained": "--rescore untrained: must be all",
     "--method infobatch --selection static": "--method infobatch: must be another one for --selection static",
     "--method infobatch --stratify": "--method infobatch: must be another one",
-    "--method infobatch --draw": "--method infobatch: must be another one for --selection static, --offset, --draw",
-    "--method random --draw": "--method random: must be el2n, loss or grand for --draw",
-    "--draw --stratify": "--draw True: must be left out with --stratify",
+    "--method infobatch --draw": "--method infobatch: must be el2n or loss for --draw",
+    "--method grand --draw": "--method grand: must be el2n or loss for --draw",
+    "--draw --stratify": "argument --stratify: not allowed with argument --draw",
+    "--draw --offset 0.1": "--offset 0.1: must be 0 with --draw",
     "--method random --full-epochs -1": "--full-epochs -1: must be at least 1 (random: 0)",
     "--cycle 0": "--cycle 0: must be at least 1",
     "--batch-size 0": "--batch-size 0: must be at least 1",
