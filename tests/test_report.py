@@ -327,9 +327,10 @@ def test_the_readme_counts_the_lines_of_every_file():
     assert f"is {method} lines, everything {sum(count.values()):,}." in readme
 
 
-def test_page_and_readme_are_those_of_the_committed_rows():
+@pytest.mark.parametrize(("file", "folder"), [("main", "results"), ("forty", "results/forty")])
+def test_page_and_readme_are_those_of_the_committed_rows(file, folder):
     """`python report.py results/main.jsonl --to results` would change nothing."""
-    rows = report.read_rows([report.CHECKOUT / "results" / "main.jsonl"])
-    command = "python report.py results/main.jsonl --to results"
-    assert report.page(rows, command) == (report.CHECKOUT / "results" / "results.md").read_text(encoding="utf-8")
+    rows = report.read_rows([report.CHECKOUT / "results" / f"{file}.jsonl"])
+    command = f"python report.py results/{file}.jsonl --to {folder}"
+    assert report.page(rows, command) == (report.CHECKOUT / folder / "results.md").read_text(encoding="utf-8")
     assert report.targets(rows) in (report.CHECKOUT / "README.md").read_text(encoding="utf-8")
