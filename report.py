@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -774,7 +775,7 @@ def figure(rows, path):
             panels.setdefault(task_of(group.runs[0]), []).append(group)
     names = sorted({describe(group.runs[0], flags) for drawn in panels.values() for group in drawn})
     style = {name: {"color": f"C{i % 10}", "marker": "os^Dv<>pP*Xdh8"[i % 14]} for i, name in enumerate(names)}
-    columns = max(1, min(3, len(panels)))
+    columns = max(1, min(3, math.isqrt(max(0, len(panels) - 1)) + 1))
     lines = max(1, -(-len(panels) // columns))
     fig, axes = plt.subplots(lines, columns, figsize=(6 * columns, 5 * lines), squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels) :]:
@@ -786,7 +787,7 @@ def figure(rows, path):
 
 
 def panel(ax, drawn, flags, style):
-    """One dataset's Groups. style: of markers, by description."""
+    """One dataset's Groups, those far below all of full data at the lower edge. style: of markers, by description."""
     points = []
     for group in drawn:
         times, accuracy = [100 * time for time in group.times()], [accuracy_of(row) for row in group.runs]
@@ -802,11 +803,15 @@ def panel(ax, drawn, flags, style):
     front = [point for point in sorted(points) if point[1] > max([y for x, y, *_ in points if x < point[0]], default=0)]
     ax.plot([x for x, *_ in front], [y for _, y, *_ in front], color="goldenrod", lw=5, alpha=0.35, zorder=2,
             label="Pareto front")  # fmt: skip
+    edge = min(y) - max(dy) - (max(point[1] for point in points) - min(y)) / 4
     for group, name, (x, y, dx, dy) in zip(drawn, names, points):
         if name != names[reference]:
             label = None if name in ax.get_legend_handles_labels()[1] else name
+            text = kept_share(group.args) + f" (at {y:.1f})" * (y < edge)
+            y, dy = (y, dy) if y >= edge else (edge, 0)
             ax.errorbar(x, y, xerr=dx, yerr=dy, ls="", capsize=2, lw=0.8, ms=6, zorder=4, label=label, **style[name])
-            ax.annotate(kept_share(group.args), (x, y), xytext=(4, 4), textcoords="offset points", size=7)
+            ax.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", size=7)
+    ax.set_ylim(bottom=edge - (top - edge) / 20)
     counts = sorted({len(group.runs) for group in drawn})
     ax.set(title=f"{drawn[0].args['dataset']} (n = {' to '.join(map(str, sorted({counts[0], counts[-1]})))})",
            xlabel="time, % of full data's", ylabel=f"{main_metric(drawn[0].runs[0])}, %")  # fmt: skip

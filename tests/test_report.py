@@ -130,6 +130,16 @@ def test_targets_are_means_over_datasets_and_say_what_is_missed():
     assert soft[:2] == ["r = 50 %", "infobatch"] and soft[5:8] == ["–", "30.0", "–"]
 
 
+def test_what_is_far_below_full_data_does_not_flatten_the_picture(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(report, "save_picture", lambda fig, _: drawn.append(fig))
+    report.figure([row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5), row("el2n", 0, 88, 60),
+                   row("random", 0, 10, 60)], tmp_path / "figure")  # fmt: skip
+    axes, = drawn[0].axes
+    assert 70 < axes.get_ylim()[0] < 80 and {text.get_text() for text in axes.texts} == {"50 %", "50 % (at 10.0)"}
+
+
 def test_page_and_picture_are_the_same_whenever_they_are_made(tmp_path):
     pytest.importorskip("matplotlib")
     new = {"selection": "dynamic", "rescore": "untrained", "full_end": 0, "stratify": False, "class_floor": 0}
