@@ -48,7 +48,7 @@ class Schedule:
 
 
 def defaults(args):
-    """The schedule that comes with --method, --epochs and --selection: {flag: value} for those that are not given."""
+    """The schedule that comes with --method, --epochs, --selection and --draw: {flag: value} for those not given."""
     flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
     if args.draw or args.method in ("random", "forgetting", "infobatch"):
         flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour earlier rounds' random draws, or old scores

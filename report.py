@@ -544,9 +544,9 @@ def cost(row, full):
     flags = row["args"]
     if flags["method"] == "full":
         return flags["epochs"]
-    seconds, epochs = (row["full_seconds"], flags["epochs"]) if row.get("full_seconds") else (
-        seconds_of(full), full["args"]["epochs"])  # fmt: skip
-    return seconds_of(row) * epochs / seconds
+    own = row.get("full_seconds")
+    epoch = own / flags["epochs"] if own else seconds_of(full) / full["args"]["epochs"]
+    return seconds_of(row) / epoch
 
 
 @dataclass
@@ -584,9 +584,10 @@ class Group:
         gains = []
         for row, full, curve in zip(self.runs, self.full, self.curves):
             epochs, accuracy = zip(*sorted((other["args"]["epochs"], accuracy_of(other)) for other in curve))
-            if not epochs[0] <= cost(row, full) <= epochs[-1]:
+            spent = cost(row, full)
+            if not epochs[0] <= spent <= epochs[-1]:
                 return None
-            gains.append(accuracy_of(row) - float(np.interp(cost(row, full), epochs, accuracy)))
+            gains.append(accuracy_of(row) - float(np.interp(spent, epochs, accuracy)))
         return gains
 
 
@@ -775,7 +776,7 @@ def figure(rows, path):
             panels.setdefault(task_of(group.runs[0]), []).append(group)
     names = sorted({describe(group.runs[0], flags) for drawn in panels.values() for group in drawn})
     style = {name: {"color": f"C{i % 10}", "marker": "os^Dv<>pP*Xdh8"[i % 14]} for i, name in enumerate(names)}
-    columns = max(1, min(3, math.isqrt(max(0, len(panels) - 1)) + 1))
+    columns = max(1, min(3, math.ceil(len(panels) ** 0.5)))
     lines = max(1, -(-len(panels) // columns))
     fig, axes = plt.subplots(lines, columns, figsize=(6 * columns, 5 * lines), squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels) :]:

@@ -25,6 +25,7 @@ import torch
 
 import report
 from data import DATASETS, DEFAULT_MODEL, DataError, ModelError, batches, default_folder, find, load, load_tokenizer
+from data.encoding import one_line
 from data.parallel import add_up, lost_process, processes, rank, share
 from metrics import evaluate
 from models import FlatAdamW, NLUModel, choose_products, limit_vocabulary, losses, predictions
@@ -295,7 +296,7 @@ def main(argv=None, start=None):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in NO_MEMORY):
             message = (f"error: out of memory; lower --batch-size {args.batch_size} or --max-length {args.max_length} "
-                       f"({(str(error) or type(error).__name__).splitlines()[0]})")
+                       f"({one_line(error)})")
         elif lost_process(error):
             message = f"error: lost another process of this run ({str(error).splitlines()[0]})"
         else:

@@ -335,7 +335,8 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(tiny, flags, message, 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: …"),
-                                   RuntimeError("could not create a primitive")])
+                                   RuntimeError("could not create a primitive"),
+                                   RuntimeError("could not execute a primitive"), RuntimeError("std::bad_alloc")])
 def test_running_out_of_memory_says_what_to_lower(monkeypatch, capsys, error):
     def fail(*_):
         raise error
