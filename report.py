@@ -119,6 +119,7 @@ def read_config(folder):
         facts = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         if not (isinstance(facts["args"], dict) and isinstance(facts["environment"], dict)):
             raise TypeError("flags and environment were expected")
+        facts["args"] = BEFORE | facts["args"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{folder}: no run's folder, its config.json cannot be read ({one_line(error)})") from None
     return facts
@@ -159,13 +160,13 @@ def reopen(args):
     if args.resume == "auto":
         wanted = {name: flags(args)[name] for name in ("out", "data_dir", "save_every")}  # however they were
         for owner, row in recorded_in(out):
-            if BEFORE | row["args"] | wanted == flags(args) and finished(owner, row):
+            if row["args"] | wanted == flags(args) and finished(owner, row):
                 remove_checkpoints(owner)  # where the run was killed just before it would have done so
                 return None, from_first(row)
         same = []
         for config in out.glob("*/config.json"):
             try:
-                if BEFORE | read_config(config.parent)["args"] | wanted == flags(args):
+                if read_config(config.parent)["args"] | wanted == flags(args):
                     same.append((config.stat().st_mtime_ns, config.parent))
             except RunError as error:
                 print(f"warning: {error}; passed over", file=sys.stderr)
@@ -408,6 +409,7 @@ def totals(data, schedule, clock, log):
         "scoring_rounds": rounds, "scoring_cost": full and round(scoring_cost, 4),
         "full_seconds": full and round(full_epoch * schedule.epochs, 3),  # estimated from the epochs that were full
         "model_time": full and round(relative, 4),
+        "epoch_seconds": [line["seconds"]["train"] for line in log], "epoch_kept": kept,
         "curve": [line["dev"] for line in log],
     }  # fmt: skip
 
@@ -430,7 +432,7 @@ def machine(row):
 
 def summary(row):
     """What a person wants to know when a run ends. row: a row of results.jsonl. Returns lines of text."""
-    args, seconds, folder = row["args"], row["seconds"], Path(row["folder"])
+    args, seconds, folder, rounds = row["args"], row["seconds"], Path(row["folder"]), row["scoring_rounds"]
     evaluated = [split for split in ("test", "dev", "dev_mismatched") if split in row]
     when = "(after the last epoch)" if "test" in row else "(after the last epoch; there is no test split)"
     lines = [
@@ -450,18 +452,18 @@ def summary(row):
             f"saved  {1 - seconds['total'] / row['full_seconds']:.1%} of an estimated {row['full_seconds']:.1f} s for "
             f"{args['epochs']} epochs on everything, at the pace of this run's "
             f"{len(row['curve']) - row['pruned_epochs']} full ones;",
-            f"       the cost model says {1 - row['model_time']:.1%}, with {row['scoring_rounds']} selections at "
+            f"       the cost model says {1 - row['model_time']:.1%}, with {rounds} selection{'s' * (rounds != 1)} at "
             f"{row['scoring_cost']:.2f} epochs each. The same command with --method full measures it.",
         ]
-    if args["dataset"] == "demo" and row["scoring_rounds"] and args["method"] != "random":
+    if args["dataset"] == "demo" and rounds and args["method"] != "random":
         epoch, scored = max(read_round_files(folder).items())
         found, planted = demo.errors_found(scored["scores"])
         lines.append(f"found  {found} of the {planted} wrong annotations planted in demo, among the {planted} highest "
                      f"scores of the last round (epoch-{epoch:03}.npz)")
-    if row["scoring_rounds"] and args["selection"] == "dynamic":
+    if rounds and args["selection"] == "dynamic":
         metric, began, end = main_metric(row), row["curve"][args["full_epochs"] - 1], row["curve"][-1]
         if end[metric] < began[metric]:
-            highest = args["method"] in ("el2n", "loss") and not (args.get("draw") or args["stratify"])
+            highest = args["method"] in ("el2n", "loss") and not (args["draw"] or args["stratify"])
             advice = "a higher --keep" + ", --draw or --stratify" * highest
             lines.append(f"lost   dev {metric} was {began[metric]:.2f} before anything was pruned: too little is kept, "
                          f"or little but wrong labels; {advice} may help")  # fmt: skip
@@ -484,6 +486,7 @@ def read_rows(paths):
                 continue
             try:
                 row = json.loads(line)
+                row["args"] = BEFORE | row["args"]
                 table([row])  # fails where something is missing
                 percent = reported(row).values()
                 positive = row["seconds"]["total"], row.get("full_seconds") or 1, row["args"]["epochs"]
@@ -509,7 +512,7 @@ BEFORE = {"selection": "dynamic", "rescore": "all", "full_end": 0, "draw": False
 def settings(row):
     """The flags that matter to a run, as a dict; of one on everything, without those of pruning."""
     ignored = NOT_SETTINGS | PRUNING if row["args"]["method"] == "full" else NOT_SETTINGS
-    return {flag: value for flag, value in (BEFORE | row["args"]).items() if flag not in ignored}
+    return {flag: value for flag, value in row["args"].items() if flag not in ignored}
 
 
 def platform_of(row):
@@ -743,7 +746,7 @@ def targets(rows):
     alike = {}
     for group in groups(rows):
         args, first = group.args, group.runs[0]
-        if group.compared and args["method"] != "full" and args.get("selection") != "static":
+        if group.compared and args["method"] != "full" and args["selection"] != "static":
             reference = group.full[0]["args"]["epochs"]
             key = main_metric(first), -args["keep"], args["epochs"], describe(first, flags), reference
             alike.setdefault(key, []).append(group)
