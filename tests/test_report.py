@@ -25,15 +25,19 @@ def row(method="el2n", seed=0, frame=90.0, seconds=60.0, **args):
     }  # fmt: skip
 
 
+def table_of(markdown):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+
+
 def cells(rows):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in report.table(rows).splitlines()[2:-2]]
+    return table_of(report.table(rows))[2:]
 
 
 def test_runs_are_compared_with_the_full_run_of_their_seed():
     rows = [row("full", 0, 90, 100), row("full", 1, 92, 200), row("el2n", 0, 91, 60), row("el2n", 1, 91, 100)]
     full, el2n = cells(rows)
     assert full[3:] == ["10", "2", "intent_acc 99.00 ± 0.00, frame_acc 91.00 ± 1.41", "–", "–", "150 ± 71", "–"]
-    assert el2n[6:] == ["+0.00 ± 1.41 (p 1.00)", "–", "80 ± 28", "45.0 ± 7.1"]  # +1 and −1; 40 % and 50 %
+    assert el2n[6:] == ["+0.00 ± 1.41 (p 1.000)", "–", "80 ± 28", "45.0 ± 7.1"]  # +1 and −1; 40 % and 50 %
 
 
 def test_the_reference_is_full_data_for_the_most_epochs_and_the_most_alike_in_other_flags():
@@ -54,7 +58,7 @@ def test_one_reference_serves_all_seeds_of_a_group():
 
 def test_targets_are_for_the_same_number_of_epochs():
     rows = [row("full", 0, 90, 100), row("el2n", 0, 90, 65), row("full", 0, 92, 400, epochs=40)]
-    assert "| -2.00 | – | 83.8 | – | – | – |" in report.targets(rows)
+    assert "| -2.00 | – | 83.8 | – | – |" in report.targets(rows)
     assert "| 35.0 | ≥ 38: missed |" in report.targets(rows[:2])
 
 
@@ -78,6 +82,8 @@ def test_full_data_in_the_same_time_is_read_off_between_its_runs():
     full = [row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5)]
     assert cells([*full, row("el2n", 0, 89, 75)])[2][7] == "+4.00"  # above 85
     assert cells([*full, row("el2n", 0, 89, 40)])[2][7] == "–"  # sooner than any
+    both = [*full, row("full", 1, 90, 100), row("full", 1, 80, 50, epochs=5)]
+    assert cells([*both, row("el2n", 0, 89, 48), row("el2n", 1, 89, 52)])[2][7] == "+9.00 ± 0.00"  # the mean is not
     assert cells([*full, row("full", 0, 10, 70, lr=9e-4), row("el2n", 0, 89, 75)])[3][7] == "+4.00"  # of one curve
 
 
@@ -125,14 +131,25 @@ def test_targets_are_means_over_datasets_and_say_what_is_missed():
             row("el2n", 0, 79.2, 64, dataset="e"),
             row("el2n", 0, 90, 39, keep=0.2), row("el2n", 0, 90, 9, keep=0.3), row("infobatch", 0, 90, 70),
             row("el2n", 0, 90, 60, selection="static")]  # fmt: skip
-    half, soft, third, fifth = [[cell.strip() for cell in line.strip("|").split("|")]
-                                for line in report.targets(rows).splitlines()[2:]]  # fmt: skip
+    head, _, paper, half, soft, third, claim, fifth = table_of(report.targets(rows))
+    assert head[3:5] == ["d", "e"]
     # In the same time: 60 and 64 of 100 s, where full data has 88.4 and 79.28.
     together = report.difference([90.2 - 88.4, 79.2 - 79.28])
-    assert half[:9] == ["50 %", "el2n", "10", "d (1), e (1)", "-0.30", "≥ −0.2: missed", "38.0", "≥ 38: met", together]
-    assert fifth[:9] == ["20 %", "el2n", "10", "d (1)", "+0.00", "≥ −0.5: met", "61.0", "≥ 60: met", "–"]  # under 50 s
-    assert third[5:8] == ["–", "91.0", "–"]
-    assert soft[:2] == ["r = 50 %", "infobatch"] and soft[5:8] == ["–", "30.0", "–"]
+    assert half[:5] == ["50 %", "el2n", "10", "+0.20, 40 %", "-0.80, 36 %"]
+    assert half[5:] == ["-0.30 (p 0.656)", "≥ −0.2: missed", "38.0", "≥ 38: met", together]
+    assert fifth[3:] == ["+0.00, 61 %", "–", "+0.00", "≥ −0.5: met", "61.0", "≥ 60: met", "–"]  # under 50 s
+    assert third[6:] == ["–", "91.0", "–", "–"]
+    assert soft[:2] == ["r = 50 %", "infobatch"] and soft[6:] == ["–", "30.0", "–", "+1.20"]
+    assert (paper[:2], claim[:2]) == (["50 %", "the paper"], ["20 %", "the paper"]) and "up to 66" in claim
+
+
+def test_targets_mix_no_machines_and_say_another_number_of_seeds():
+    other = [{**one, "environment": {**one["environment"], "cpu": "another"}} for one in (row("full"), row(frame=80))]
+    rows = [row("full", 0, 90), row("full", 1, 90), row("el2n", 0, 91), row("el2n", 1, 91, dataset="d"), *other,
+            row("full", 0, 90, dataset="e"), row("full", 1, 90, dataset="e"), row("el2n", 0, 92, dataset="e"),
+            row("el2n", 1, 92, dataset="e")]  # fmt: skip
+    first, second = table_of(report.targets(rows))[3:]
+    assert [first[3:5], second[3:5]] == [["+1.00, 0 %", "+2.00, 0 %"], ["-10.00, 0 % (n 1)", "–"]]
 
 
 def test_what_is_far_below_full_data_does_not_flatten_the_picture(monkeypatch, tmp_path):

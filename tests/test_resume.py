@@ -203,6 +203,16 @@ def test_a_finished_run_is_not_done_again(command, capsys):
     assert len((Path(row["folder"]).parent / "results.jsonl").read_text().splitlines()) == 1
 
 
+def test_flags_that_do_not_matter_are_no_reason_to_do_a_run_again(command, capsys):
+    """A run that left a model serves where none is asked for, but not the other way round; and pruning's flags are
+    nothing to full data."""
+    row = run(command("--method", "full"))
+    for further in (["--no-model"], ["--cycle", "3"], ["--save-every", "2"]):
+        assert run(command("--method", "full", *further, "--resume", "auto")) == row
+    assert run(command("--no-model"))["folder"] != run(command("--resume", "auto"))["folder"]
+    assert "is finished" in capsys.readouterr().out
+
+
 def refused(capsys, arguments):
     """The one line that a run is refused with."""
     capsys.readouterr()

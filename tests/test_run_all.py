@@ -25,7 +25,8 @@ def listed(*flags, **settings):
     return script("--list", *flags, **settings).communicate(timeout=60)[0].splitlines()
 
 
-@pytest.mark.parametrize("settings", [{}, {"SMOKE": "1"}, {"PAPER": "1"}, {"METHODS": "full grand", "EPOCHS": "3"}])
+@pytest.mark.parametrize("settings", [{}, {"SMOKE": "1"}, {"PAPER": "1"}, {"EPOCHS": "40"},
+                                      {"METHODS": "full grand", "EPOCHS": "3"}])
 def test_it_lists_commands_that_are_valid_and_differ(settings):
     commands = listed("--batch-size", "16", **settings)
     flags = [vars(parse(command.split()[2:])) for command in commands]
@@ -54,16 +55,23 @@ def test_savings_beyond_the_share():
 
 def test_the_papers_setting():
     settings = {"PAPER": "1", "METHODS": "el2n", "KEEPS": "0.5", "SEEDS": "0"}
-    common = {"model": "roberta-base", "lr": 2e-5, "schedule": "constant", "batch_size": 32, "clip": 1 / 32,
-              "rescore": "all"}  # fmt: skip
+    common = {"model": "roberta-base", "lr": 2e-5, "schedule": "constant", "batch_size": 32, "clip": 1 / 32}
     joint = common | {"epochs": 40, "full_epochs": 4, "cycle": 4, "ema": 0.8, "std_weight": 1.0}
     glue = common | {"epochs": 10, "ema": 1.0, "std_weight": 0.0}
     for dataset, wanted in (("snips", joint), ("cola", glue)):
         commands = listed(DATASETS=dataset, **settings)
-        assert len(commands) == 2  # dynamic and static
-        for command in commands:
-            config = vars(parse(command.split()[2:]))
-            assert {name: config[name] for name in wanted} == wanted
+        dynamic, drawn, static = (vars(parse(command.split()[2:])) for command in commands)
+        for config in (dynamic, static):
+            assert {name: config[name] for name in wanted} == wanted and config["rescore"] == "all"
+        assert drawn["draw"] and all(drawn[name] == wanted[name] for name in (*common, "epochs"))
+        assert (drawn["full_epochs"], drawn["cycle"]) == (wanted.get("full_epochs", 2), 1)  # ours: anew every epoch
+
+
+def test_40_epochs_have_the_papers_schedule():
+    commands = listed(DATASETS="atis", METHODS="full el2n", KEEPS="0.5 0.2", SEEDS="0", EPOCHS="40")
+    configs = [vars(parse(command.split()[2:])) for command in commands if "--method el2n" in command]
+    assert len(configs) == 6 and {config["full_epochs"] for config in configs} == {4}
+    assert [config["cycle"] for config in configs] == [4, 1, 4, 1, 4, 4]  # dynamic and drawn, for each share; static
 
 
 def test_a_method_that_there_is_not_is_refused():
@@ -92,6 +100,12 @@ def test_started_again_it_repeats_no_finished_run(tiny, tmp_path):
     assert said.count("is finished: nothing is left to do") == len(finished)
     assert len({json.dumps({**json.loads(row)["args"], "out": ""}) for row in rows}) == 3
     assert "| demo | infobatch |" in (tmp_path / "report" / "results.md").read_text()
+
+
+def test_where_all_runs_fail_their_number_is_said(tiny, tmp_path):
+    process = script(DATASETS="demo", METHODS="infobatch", SEEDS="-1", EPOCHS="2", MODEL=tiny, OUT=str(tmp_path))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and said.splitlines()[-1].startswith("run_all.sh: 1 run(s) failed")
 
 
 def test_a_run_that_fails_is_counted_and_the_others_go_on(tiny, tmp_path):
