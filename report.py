@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -510,6 +511,8 @@ NOT_SETTINGS = {"seed", "out", "no_model", "data_dir", "save_every"}
 # A run on everything is the same whatever these are.
 PRUNING = {"method", "keep", "full_epochs", "cycle", "full_end", "selection", "rescore", "ema", "std_weight", "offset",
            "draw", "stratify", "class_floor"}  # fmt: skip
+# Of these, the usual value is not worth naming where others were tried.
+TRAINING = {"lr", "schedule", "clip", "batch_size"}
 # What a run did from before these flags.
 BEFORE = {"selection": "dynamic", "rescore": "all", "full_end": 0, "draw": False, "stratify": False, "class_floor": 0}
 
@@ -562,7 +565,7 @@ class Group:
     """Runs that differ in the seed alone, and what each is compared with.
 
     runs: rows by seed (of a seed that was run twice, the last). full: for each, the row on full data with its seed, or
-    None. curves: for each, the rows on full data with its seed and any number of epochs.
+    None. curves: for each, rows on full data with its seed, one for every number of epochs that all seeds have.
     """
 
     runs: list
@@ -600,7 +603,8 @@ class Group:
 
 def groups(rows):
     """Rows as a list of Group, in the order of their first rows. The reference of a group is full data for the most
-    epochs, with the flags that are most like the group's."""
+    epochs, of those the flags most like the group's; its curve has, for every number of epochs, the flags that are
+    best on dev, as fewer epochs may want another learning rate."""
     repeated = {}
     for row in rows:
         key = task_of(row), row["args"]["method"], json.dumps(settings(row), sort_keys=True)
@@ -611,6 +615,9 @@ def groups(rows):
         flags = settings(next(iter(by_seed.values())))
         return flags, flags.pop("epochs")
 
+    def on_dev(by_seed):
+        return statistics.mean(row.get("dev", reported(row))[main_metric(row)] for row in by_seed.values())
+
     full = {}  # by task
     for (task, method, _), by_seed in repeated.items():
         if method == "full":
@@ -619,11 +626,12 @@ def groups(rows):
     found = []
     for (task, *_), by_seed in repeated.items():
         same, (flags, _) = full.get(task, []), training(by_seed)
-        alike = max(same, default=({}, 0, {}), key=lambda other: (len(flags.items() & other[0].items()), other[1]))
-        curve = [other for others, _, other in same if others == alike[0]]
+        alike = max(same, default=({}, 0, {}), key=lambda other: (other[1], len(flags.items() & other[0].items())))
+        with_all_seeds = [(epochs, other) for _, epochs, other in same if other.keys() >= by_seed.keys()]
+        curve = dict(sorted(with_all_seeds, key=lambda point: on_dev(point[1])))  # of equal epochs the last, the best
         seeds = sorted(by_seed)
         found.append(Group([by_seed[seed] for seed in seeds], [alike[2].get(seed) for seed in seeds],
-                           [[other[seed] for other in curve if seed in other] for seed in seeds]))  # fmt: skip
+                           [[other[seed] for other in curve.values()] for seed in seeds]))  # fmt: skip
     return found
 
 
@@ -670,21 +678,34 @@ def method_of(row):
 
 
 def differing_flags(rows):
-    """The `described_by` of the flags that tell rows of one dataset apart and are no columns of a table, as a set."""
+    """Which flags tell rows of one dataset apart and are no columns of a table: {their `described_by`: {dataset: the
+    value that most rows have, as JSON, or None}}."""
     values = {}
     for row in rows:
         for flag, value in settings(row).items():
             if flag not in ("dataset", "keep", "epochs"):
-                among = row["args"]["dataset"], described_by(row, flag)
-                values.setdefault(among, set()).add(json.dumps(value))
-    return {flag for (_, flag), found in values.items() if len(found) > 1}
+                among = described_by(row, flag), row["args"]["dataset"]
+                values.setdefault(among, Counter())[json.dumps(value)] += 1
+    flags = {}
+    for (flag, dataset), counts in values.items():
+        if len(counts) > 1:
+            (usual, most), (_, second) = counts.most_common(2)
+            flags.setdefault(flag, {})[dataset] = usual if most > second else None
+    return flags
 
 
 def describe(row, flags):
-    """What a run did, in few words. flags: of `differing_flags`, of which those that are off are not named."""
+    """What a run did, in few words. flags: of `differing_flags`, of which those that are off are not named, nor how
+    most runs were trained."""
     own = settings(row)
+
+    def told(flag):
+        usual = flags.get(described_by(row, flag))
+        value = json.dumps(own[flag])
+        return usual is not None and (flag not in TRAINING or usual.get(row["args"]["dataset"], value) != value)
+
     named = [flag.replace("_", "-") + ("" if own[flag] is True else f" {own[flag]}")
-             for flag in sorted(own) if own[flag] and described_by(row, flag) in flags]  # fmt: skip
+             for flag in sorted(own) if own[flag] and told(flag)]  # fmt: skip
     return ", ".join([method_of(row), *named])
 
 
@@ -719,9 +740,9 @@ def table(rows):
     note = (f"On test{' (on dev: ' + ', '.join(on_dev) + ')' if on_dev else ''} after the last epoch: mean ± standard "
             "deviation over n seeds. Differences are of frame_acc, or of the first metric, from full data for the most "
             "epochs, seed by seed; p is of a paired t-test, and those with p < 0.05 are bold. Of full data in the same "
-            "time: from runs with fewer epochs, between which a straight line is drawn, which lies below a curve that "
-            "flattens. Time is counted in a run's own epochs on everything, as a machine is not as fast every day. "
-            f"Machine: {'; '.join(machines)}.")
+            "time: from runs with fewer epochs, of each number those best on dev, between which a straight line is "
+            "drawn (it lies below a curve that flattens). Time is counted in a run's own epochs on everything, as a "
+            f"machine is not as fast every day. Machine: {'; '.join(machines)}.")
     return "\n".join([*lines, "", note])
 
 

@@ -84,7 +84,20 @@ def test_full_data_in_the_same_time_is_read_off_between_its_runs():
     assert cells([*full, row("el2n", 0, 89, 40)])[2][7] == "–"  # sooner than any
     both = [*full, row("full", 1, 90, 100), row("full", 1, 80, 50, epochs=5)]
     assert cells([*both, row("el2n", 0, 89, 48), row("el2n", 1, 89, 52)])[2][7] == "+9.00 ± 0.00"  # the mean is not
-    assert cells([*full, row("full", 0, 10, 70, lr=9e-4), row("el2n", 0, 89, 75)])[3][7] == "+4.00"  # of one curve
+
+
+def test_full_data_in_the_same_time_has_the_learning_rate_that_is_best_on_dev():
+    """Of fewer epochs, as they may want another than that of many, which is what pruning is compared with else."""
+    tried = ((85, 60, 1e-4), (82, 70, 2e-4), (86, 65, 4e-4))
+    full = [row("full", 0, 90, 100)]
+    full += [row("full", 0, frame, 50, epochs=5, lr=lr) | {"dev": {"frame_acc": dev}} for frame, dev, lr in tried]
+    assert [line[6] for line in cells(full)] == ["–", "-5.00", "-8.00", "-4.00"]  # all against ten epochs
+    last = cells([*full, row("el2n", 0, 89, 75)])[-1]
+    assert last[6:8] == ["-1.00", "+3.00"]  # above 86, between 90 and 82
+    names = [line[1] for line in cells([*full, row("el2n", 0, 89, 75)])]
+    assert names == ["full", "full", "full, lr 0.0002", "full, lr 0.0004", "el2n"]  # most rows are of 1e-4
+    two = [*full, row("full", 1, 90, 100), row("el2n", 0, 89, 75), row("el2n", 1, 89, 75)]
+    assert cells(two)[-1][7] == "–"  # five epochs were not run with seed 1
 
 
 def test_time_is_counted_in_a_runs_own_epochs_on_everything():
@@ -177,7 +190,7 @@ def test_page_and_picture_are_the_same_whenever_they_are_made(tmp_path):
     for name in ("figure.svg", "figure.png"):
         assert made[name] == (tmp_path / "two" / name).read_bytes()
     assert made["figure.png"].startswith(b"\x89PNG") and b"full data, fewer epochs" in made["figure.svg"]
-    for drawn in (b"el2n, lr 0.0001", b"infobatch, lr 0.0001", b"full, lr 0.0009", b"r = 50 %", b"e (n = 1)"):
+    for drawn in (b"<!-- el2n -->", b"<!-- infobatch -->", b"<!-- full, lr 0.0009 -->", b"r = 50 %", b"e (n = 1)"):
         assert drawn in made["figure.svg"]
 
 
