@@ -150,10 +150,9 @@ def finished(folder, row):
     return row if row and (row["args"].get("no_model") or (folder / "model").is_dir()) else None
 
 
-def serves(saved, args):
-    """Whether a run with the flags `saved` is one that `args` asks for; with a model, it is also one without."""
-    same = settings({"args": saved}) == settings({"args": flags(args)}) and saved.get("seed") == args.seed
-    return same and (args.no_model or not saved.get("no_model"))
+def same_run(saved, args):
+    """Whether a run with the flags `saved` trains as one with `args` would."""
+    return settings(saved) == settings(flags(args)) and saved.get("seed") == args.seed
 
 
 def reopen(args):
@@ -166,13 +165,15 @@ def reopen(args):
     folder, out = Path(args.resume) if args.resume else None, Path(args.out)
     if args.resume == "auto":
         for owner, row in recorded_in(out):
-            if serves(row["args"], args) and finished(owner, row):
-                remove_checkpoints(owner)  # where the run was killed just before it would have done so
+            if same_run(row["args"], args) and (args.no_model or (owner / "model").is_dir()):
+                if finished(owner, row):  # else it can still be gone on with, to save its model
+                    remove_checkpoints(owner)  # where the run was killed just before it would have done so
                 return None, from_first(row)
         same = []
         for config in out.glob("*/config.json"):
             try:
-                if serves(read_config(config.parent)["args"], args):
+                saved = read_config(config.parent)["args"]
+                if same_run(saved, args) and saved.get("no_model") == args.no_model:
                     same.append((config.stat().st_mtime_ns, config.parent))
             except RunError as error:
                 print(f"warning: {error}; passed over", file=sys.stderr)
@@ -190,7 +191,7 @@ def reopen(args):
     log = folder / "epochs.jsonl"  # a line is there before its checkpoint, but never two
     epochs = log.read_bytes().count(b"\n") if log.exists() and not (folder / "checkpoint.pt").exists() else 0
     row = recorded(folder)  # read now that the folder is locked: its run may have ended since
-    if not row and (epochs > args.save_every or (folder / "model").is_dir()):
+    if not row and (epochs > facts["args"].get("save_every", args.save_every) or (folder / "model").is_dir()):
         raise RunError(f"{folder}: has run, but has no row in {folder.parent / 'results.jsonl'} and no checkpoint; "
                        "were they moved? Without --resume it starts anew, in another folder")
     done, here = finished(folder, row), environment(args.device)
@@ -319,7 +320,7 @@ def identity(args, data, weights):
     for array in (data.train.tokens, data.train.offsets, data.train.labels, data.train.tags):
         if array is not None:
             digest.update(array.cpu().numpy())
-    return {**settings({"args": flags(args)}), "seed": args.seed, "examples": digest.hexdigest(),
+    return {**settings(flags(args)), "method": args.method, "seed": args.seed, "examples": digest.hexdigest(),
             "weights": [list(weight.shape) for weight in weights]}  # fmt: skip
 
 
@@ -517,10 +518,10 @@ TRAINING = {"lr", "schedule", "clip", "batch_size"}
 BEFORE = {"selection": "dynamic", "rescore": "all", "full_end": 0, "draw": False, "stratify": False, "class_floor": 0}
 
 
-def settings(row):
-    """The flags that matter to a run, as a dict; of one on everything, without those of pruning."""
-    ignored = NOT_SETTINGS | PRUNING if row["args"].get("method") == "full" else NOT_SETTINGS
-    return {flag: value for flag, value in row["args"].items() if flag not in ignored}
+def settings(flags):
+    """Those flags that matter to a run, as a dict; of one on everything, without those of pruning."""
+    ignored = NOT_SETTINGS | PRUNING if flags.get("method") == "full" else NOT_SETTINGS
+    return {flag: value for flag, value in flags.items() if flag not in ignored}
 
 
 def platform_of(row):
@@ -543,6 +544,10 @@ def main_metric(row):
 
 def accuracy_of(row):
     return reported(row)[main_metric(row)]
+
+
+def on_dev(row):
+    return row["dev"][main_metric(row)]
 
 
 def seconds_of(row):
@@ -589,6 +594,16 @@ class Group:
         """Time as a share of that on full data, one a seed."""
         return [cost(row, full) / full["args"]["epochs"] for row, full in zip(self.runs, self.full)]
 
+    def curve(self):
+        """Full data for fewer epochs: [(time in % of that for the most, mean accuracy, its deviation)], by time."""
+        points = []
+        for rows in zip(*self.curves):
+            accuracy = [accuracy_of(row) for row in rows]
+            spread = statistics.stdev(accuracy) if len(rows) > 1 else 0.0
+            points.append((rows[0]["args"]["epochs"], statistics.mean(accuracy), spread))
+        longest = max(points)[0]
+        return [(100 * epochs / longest, *point) for epochs, *point in sorted(points)]
+
     def equal_time_gains(self):
         """Points above what full data reaches in the same time (the mean over seeds) with fewer epochs, between whose
         numbers a straight line is drawn; one a seed, or None where that is outside a line. For a compared group."""
@@ -603,20 +618,21 @@ class Group:
 
 def groups(rows):
     """Rows as a list of Group, in the order of their first rows. The reference of a group is full data for the most
-    epochs, of those the flags most like the group's; its curve has, for every number of epochs, the flags that are
-    best on dev, as fewer epochs may want another learning rate."""
+    epochs, of that with the flags most like the group's; its curve has for each number of epochs the learning rate that
+    is best on dev, as fewer epochs may want another one."""
     repeated = {}
     for row in rows:
-        key = task_of(row), row["args"]["method"], json.dumps(settings(row), sort_keys=True)
+        key = task_of(row), row["args"]["method"], json.dumps(settings(row["args"]), sort_keys=True)
         repeated.setdefault(key, {})[row["args"]["seed"]] = row
 
     def training(by_seed):
         """Flags but the number of epochs, and that."""
-        flags = settings(next(iter(by_seed.values())))
+        flags = settings(next(iter(by_seed.values()))["args"])
         return flags, flags.pop("epochs")
 
-    def on_dev(by_seed):
-        return statistics.mean(row.get("dev", reported(row))[main_metric(row)] for row in by_seed.values())
+    def untuned(flags):
+        """What the runs of a curve share, so that an epoch takes as long in all."""
+        return {flag: value for flag, value in flags.items() if flag not in ("lr", "schedule", "clip")}
 
     full = {}  # by task
     for (task, method, _), by_seed in repeated.items():
@@ -625,13 +641,14 @@ def groups(rows):
 
     found = []
     for (task, *_), by_seed in repeated.items():
-        same, (flags, _) = full.get(task, []), training(by_seed)
-        alike = max(same, default=({}, 0, {}), key=lambda other: (other[1], len(flags.items() & other[0].items())))
-        with_all_seeds = [(epochs, other) for _, epochs, other in same if other.keys() >= by_seed.keys()]
-        curve = dict(sorted(with_all_seeds, key=lambda point: on_dev(point[1])))  # of equal epochs the last, the best
-        seeds = sorted(by_seed)
-        found.append(Group([by_seed[seed] for seed in seeds], [alike[2].get(seed) for seed in seeds],
-                           [[other[seed] for other in curve.values()] for seed in seeds]))  # fmt: skip
+        same, (flags, _), seeds = full.get(task, []), training(by_seed), sorted(by_seed)
+        most_alike = max(same, key=lambda run: (run[1], len(flags.items() & run[0].items())), default=({}, 0, {}))
+        candidates = [(epochs, other) for others, epochs, other in same
+                      if untuned(others) == untuned(most_alike[0]) and other.keys() >= by_seed.keys()]  # fmt: skip
+        candidates.sort(key=lambda run: statistics.mean(on_dev(run[1][seed]) for seed in seeds))
+        curve = dict(candidates).values()  # of as many epochs, the last: the best
+        found.append(Group([by_seed[seed] for seed in seeds], [most_alike[2].get(seed) for seed in seeds],
+                           [[other[seed] for other in curve] for seed in seeds]))  # fmt: skip
     return found
 
 
@@ -654,11 +671,11 @@ def mean_and_deviation(values, digits=2, sign=""):
     return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
-def difference(values, text=None):
-    """A mean difference as text (its own, if given): in bold where a paired test says that it is one (p < 0.05)."""
+def difference(values):
+    """A mean difference as text: in bold where a paired test over seeds says that it is one (p < 0.05)."""
     if values is None:
         return "–"
-    p, text = p_value(values), text or mean_and_deviation(values, sign="+")
+    p, text = p_value(values), mean_and_deviation(values, sign="+")
     if p is None:
         return text
     return f"{f'**{text}**' if p < 0.05 else text} (p {'< 0.001' if p < 0.001 else f'{p:.3f}'})"
@@ -666,23 +683,23 @@ def difference(values, text=None):
 
 def described_by(row, flag):
     """Among which runs a flag may tell `row` apart: of pruning, those of its method; else, all. A tuple."""
-    own = settings(row)
+    own = settings(row["args"])
     return (flag, row["args"]["method"], own.get("selection"), own.get("draw")) if flag in PRUNING else (flag,)
 
 
 def method_of(row):
     """The method and how it selected, in few words."""
-    own = settings(row)
+    own = settings(row["args"])
     static, drawn = own.get("selection") == "static", own.get("draw") is True
     return row["args"]["method"] + ", static" * static + ", drawn" * drawn
 
 
 def differing_flags(rows):
     """Which flags tell rows of one dataset apart and are no columns of a table: {their `described_by`: {dataset: the
-    value that most rows have, as JSON, or None}}."""
+    value that most rows have, or None}}."""
     values = {}
     for row in rows:
-        for flag, value in settings(row).items():
+        for flag, value in settings(row["args"]).items():
             if flag not in ("dataset", "keep", "epochs"):
                 among = described_by(row, flag), row["args"]["dataset"]
                 values.setdefault(among, Counter())[json.dumps(value)] += 1
@@ -690,23 +707,27 @@ def differing_flags(rows):
     for (flag, dataset), counts in values.items():
         if len(counts) > 1:
             (usual, most), (_, second) = counts.most_common(2)
-            flags.setdefault(flag, {})[dataset] = usual if most > second else None
+            flags.setdefault(flag, {})[dataset] = json.loads(usual) if most > second else None
     return flags
 
 
 def describe(row, flags):
     """What a run did, in few words. flags: of `differing_flags`, of which those that are off are not named, nor how
     most runs were trained."""
-    own = settings(row)
-
-    def told(flag):
+    own, dataset = settings(row["args"]), row["args"]["dataset"]
+    named = []
+    for flag in sorted(own):
         usual = flags.get(described_by(row, flag))
-        value = json.dumps(own[flag])
-        return usual is not None and (flag not in TRAINING or usual.get(row["args"]["dataset"], value) != value)
-
-    named = [flag.replace("_", "-") + ("" if own[flag] is True else f" {own[flag]}")
-             for flag in sorted(own) if own[flag] and told(flag)]  # fmt: skip
+        if own[flag] and usual and not (flag in TRAINING and usual.get(dataset, own[flag]) == own[flag]):
+            named.append(flag.replace("_", "-") + ("" if own[flag] is True else f" {own[flag]}"))
     return ", ".join([method_of(row), *named])
+
+
+def how_most_trained(flags):
+    """The values that `describe` leaves out, as text. flags: of `differing_flags`."""
+    said = [f"{flag[0].replace('_', '-')} {value} on {dataset}" for flag, usual in flags.items() if flag[0] in TRAINING
+            for dataset, value in usual.items() if value is not None]  # fmt: skip
+    return f"Where no other is said: {', '.join(said)}. " if said else ""
 
 
 def kept_share(args):
@@ -742,7 +763,7 @@ def table(rows):
             "epochs, seed by seed; p is of a paired t-test, and those with p < 0.05 are bold. Of full data in the same "
             "time: from runs with fewer epochs, of each number those best on dev, between which a straight line is "
             "drawn (it lies below a curve that flattens). Time is counted in a run's own epochs on everything, as a "
-            f"machine is not as fast every day. Machine: {'; '.join(machines)}.")
+            f"machine is not as fast every day. {how_most_trained(flags)}Machine: {'; '.join(machines)}.")
     return "\n".join([*lines, "", note])
 
 
@@ -761,62 +782,67 @@ MET = {True: "met", False: "missed"}
 
 
 def targets(rows):
-    """Markdown: what dynamic pruning reached, by dataset and as the mean over datasets, beside target and paper where
-    TARGETS has the share and number of epochs; "" where there is none to compare with full data. Tests are over the
-    runs of all datasets together."""
-    flags, alike = differing_flags(rows), {}
+    """Markdown: what dynamic pruning reached, by dataset and over all, beside target and paper where TARGETS has the
+    share and number of epochs; "" where there is none to compare with full data."""
+    flags, same = differing_flags(rows), {}
     for group in groups(rows):
         args, first = group.args, group.runs[0]
         if group.compared and args["method"] != "full" and args["selection"] != "static":
-            reference = group.full[0]["args"]["epochs"]
-            same = -args["keep"], args["method"] == "infobatch", -args["epochs"], describe(first, flags), reference
-            alike.setdefault((*same, str(platform_of(first))), {})[args["dataset"]] = group
-    if not alike:
+            order = -args["keep"], args["method"] == "infobatch", -args["epochs"], describe(first, flags)
+            same.setdefault((*order, group.full[0]["args"]["epochs"], str(platform_of(first))), []).append(group)
+    if not same:
         return ""
-    datasets = list(dict.fromkeys(chain(*alike.values())))
-    usual = statistics.mode(len(group.runs) for same in alike.values() for group in same.values())
+    everything = list(chain(*same.values()))
+    datasets = list(dict.fromkeys(group.args["dataset"] for group in everything))
+    usual_n = statistics.mode(len(group.runs) for group in everything)
+    several_machines = len({where for *_, where in same}) > 1
     head = ("kept", "method", "epochs", *datasets, "mean", "target", "saved, %", "target", "in the same time")
-    lines, papers = [head, ["---"] * len(head)], set()
-    for (_, soft, _, name, reference, _), same in sorted(alike.items(), key=lambda item: item[0]):
-        args, per_dataset = next(iter(same.values())).args, dict.fromkeys(datasets, "–")
-        keep, epochs, gains, saved, aims = args["keep"], args["epochs"], [], [], ("–", "–")
-        for dataset, group in same.items():
-            gains.append(statistics.mean(group.gains()))
-            saved.append(100 * (1 - statistics.mean(group.times())))
-            per_dataset[dataset] = f"{gains[-1]:+.2f}, {saved[-1]:.0f} %"
-            if len(group.runs) != usual:
-                per_dataset[dataset] += f" (n {len(group.runs)})"
-        gain, time = statistics.mean(gains), statistics.mean(saved)
-        if keep in TARGETS and not soft:
-            lost, at_10, at_40, *paper = TARGETS[keep]
-            if keep not in papers:
-                lines.append((kept_share(args), "the paper", "", *[""] * len(datasets), paper[0], "", paper[1], "", ""))
-                papers.add(keep)
-            if epochs == reference and epochs in (10, 40):
-                aim = at_40 if epochs == 40 else at_10
-                aims = f"≥ −{lost:g}: {MET[gain >= -lost]}", f"≥ {aim}: {MET[time >= aim]}"
-        equal_time = [group.equal_time_gains() for group in same.values()]
-        lines.append((
-            kept_share(args), name, str(epochs), *per_dataset.values(),
-            difference(list(chain(*(group.gains() for group in same.values()))), f"{gain:+.2f}"), aims[0],
-            f"{time:.1f}", aims[1], difference(None if None in equal_time else list(chain(*equal_time))),
-        ))  # fmt: skip
-    note = (f"By dataset: points above full data, and time saved; {usual} seeds where no other n is said. Mean: of "
-            "these datasets. p: of a paired test over all their runs.")
+    lines, claimed = [head, ["---"] * len(head)], set()
+    for (*_, name, _, _), alike in sorted(same.items(), key=lambda item: item[0]):
+        keep, method = alike[0].args["keep"], alike[0].args["method"]
+        if keep in TARGETS and keep not in claimed and method != "infobatch":
+            claimed.add(keep)
+            *_, loses, saves = TARGETS[keep]
+            empty = [""] * (1 + len(datasets))
+            lines.append((kept_share(alike[0].args), "the paper", *empty, loses, "", saves, "", ""))
+        if several_machines:
+            name += f", on {machine(alike[0].runs[0])}"
+        lines.append((kept_share(alike[0].args), name, *target_cells(alike, datasets, usual_n)))
+    note = (f"By dataset: points of its own metric above full data, and time saved; n = {usual_n} where no other is "
+            "said. Mean: over all these runs, as are the tests; not all lines have the same datasets.")
     return "\n".join([*("| " + " | ".join(cells) + " |" for cells in lines), "", note])
+
+
+def target_cells(alike, datasets, usual_n):
+    """The cells of `targets` from the number of epochs on, for Groups that did the same, each on a dataset."""
+    args, reference = alike[0].args, alike[0].full[0]["args"]["epochs"]
+    by_dataset = {dataset: [] for dataset in datasets}
+    for group in alike:
+        gain, saved, n = statistics.mean(group.gains()), 100 * (1 - statistics.mean(group.times())), len(group.runs)
+        by_dataset[group.args["dataset"]].append(f"{gain:+.2f}, {saved:.0f} %" + f" (n {n})" * (n != usual_n))
+    gains, saved = chain(*(group.gains() for group in alike)), chain(*(group.times() for group in alike))
+    gains, saved = list(gains), 100 * (1 - statistics.mean(saved))
+    aims = "–", "–"
+    if args["keep"] in TARGETS and args["method"] != "infobatch" and args["epochs"] == reference in (10, 40):
+        lost, at_10, at_40, *_ = TARGETS[args["keep"]]
+        aim = at_40 if reference == 40 else at_10
+        aims = f"≥ −{lost:g}: {MET[statistics.mean(gains) >= -lost]}", f"≥ {aim}: {MET[saved >= aim]}"
+    equal_time = [group.equal_time_gains() for group in alike]
+    return (str(args["epochs"]), *("; ".join(cell) or "–" for cell in by_dataset.values()), difference(gains), aims[0],
+            f"{saved:.1f}", aims[1], difference(None if None in equal_time else list(chain(*equal_time))))  # fmt: skip
 
 
 def figure(rows, path):
     """Draw accuracy over time, a panel a dataset, to path.svg and path.png: means with standard deviations, the line of
-    full data for fewer and fewer epochs, the band of full data, and the Pareto front. Needs a reference for every run
-    that is to be drawn."""
+    full data for fewer and fewer epochs (of each number those that are best on dev), the band of full data, and the
+    Pareto front. Needs a reference for every run that is to be drawn."""
     plt = pyplot()
     flags, panels = differing_flags(rows), {}
     for group in groups(rows):
         if None not in group.full:
             panels.setdefault(task_of(group.runs[0]), []).append(group)
-    names = sorted({describe(group.runs[0], flags) for drawn in panels.values() for group in drawn})
-    style = {name: {"color": f"C{i % 10}", "marker": "os^Dv<>pP*Xdh8"[i % 14]} for i, name in enumerate(names)}
+    names = {describe(group.runs[0], flags) for group in chain(*panels.values()) if group.args["method"] != "full"}
+    style = {name: {"color": f"C{i % 10}", "marker": "os^Dv<>pP*Xdh8"[i % 14]} for i, name in enumerate(sorted(names))}
     columns = max(1, min(3, math.ceil(len(panels) ** 0.5)))
     lines = max(1, -(-len(panels) // columns))
     fig, axes = plt.subplots(lines, columns, figsize=(6 * columns, 5 * lines), squeeze=False, layout="constrained")
@@ -840,14 +866,14 @@ def panel(ax, drawn, flags, style):
     _, top, _, band = points[reference]
     ax.axhspan(top - band, top + band, color="0.9", zorder=0)
     ax.axhline(top, color="0.5", lw=0.8, zorder=1)
-    x, y, _, dy = zip(*sorted(point for name, point in zip(names, points) if name == names[reference]))
+    x, y, dy = zip(*drawn[reference].curve())
     ax.errorbar(x, y, yerr=dy, color="black", marker=".", capsize=2, lw=1.2, label="full data, fewer epochs", zorder=3)
     front = [point for point in sorted(points) if point[1] > max([y for x, y, *_ in points if x < point[0]], default=0)]
     ax.plot([x for x, *_ in front], [y for _, y, *_ in front], color="goldenrod", lw=5, alpha=0.35, zorder=2,
             label="Pareto front")  # fmt: skip
     edge = min(y) - max(dy) - (max(point[1] for point in points) - min(y)) / 4
     for group, name, (x, y, dx, dy) in zip(drawn, names, points):
-        if name != names[reference]:
+        if group.args["method"] != "full":
             label = None if name in ax.get_legend_handles_labels()[1] else name
             text = kept_share(group.args) + f" (at {y:.1f})" * (y < edge)
             y, dy = (y, dy) if y >= edge else (edge, 0)

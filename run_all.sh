@@ -8,7 +8,7 @@
 #   DATASETS="snips" METHODS="full el2n" KEEPS="0.5" SEEDS="0" MODEL=roberta-base EPOCHS=40 OUT=elsewhere bash run_all.sh
 #
 # Any other flags go to every run: bash run_all.sh --lr 1e-4. Another number of epochs belongs into another OUT, as the
-# report compares with full data for the most epochs. 40 are, as in the paper, with τ = T = 4.
+# report compares with full data for the most epochs. From 40 on, τ = T = 4, as in the paper.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -55,27 +55,32 @@ passes() { if [ "${PAPER:-}" ] && [[ $1 == el2n || $1 == loss ]]; then echo --re
 
 for seed in ${SEEDS:-0 1 2}; do
     for dataset in ${DATASETS:-snips atis cola slurp mtop mrpc rte sst2}; do
-        epochs=${EPOCHS:-10} tau='' schedule=''
+        epochs=${EPOCHS:-10} tau='' cycle='' smoothing=''
         if [ "${PAPER:-}" ]; then
             if [[ " $glue " == *" $dataset "* ]]; then
-                schedule="--ema 1 --std-weight 0" # scores of GLUE are not smoothed
+                smoothing="--ema 1 --std-weight 0" # scores of GLUE are not smoothed
             else
-                epochs=${EPOCHS:-40}
+                epochs=${EPOCHS:-40} tau="--full-epochs 4" cycle="--cycle 4"
             fi
         fi
-        if [ "$epochs" -ge 40 ]; then tau="--full-epochs 4" schedule="--full-epochs 4 --cycle 4"; fi
+        if [ "$epochs" -ge 40 ]; then tau="--full-epochs 4" cycle="--cycle 4"; fi
         each() { run --dataset "$dataset" --seed "$seed" "$@"; }
 
         # Full data; and for fewer epochs, the baseline that costs what pruning does ("equal time"), also at twice the
         # default learning rate, as fewer steps may want longer ones. The report takes what is better on dev.
-        case $dataset in snips | atis | slurp | mtop | demo) twice=4e-4 ;; *) twice=2e-4 ;; esac
         if wanted full; then
+            case "$* $dataset" in
+                *--lr*) twice='' ;; # a rate for all
+                *" snips" | *" atis" | *" slurp" | *" mtop" | *" demo") twice="--lr 4e-4" ;;
+                *" cola" | *" mrpc" | *" rte" | *" sst2") twice="--lr 2e-4" ;;
+                *) twice='' ;;
+            esac
             each --method full --epochs "$epochs" "$@"
             for fewer in $(printf '%s\n' $((epochs * 7 / 10)) $((epochs / 2)) $((epochs * 4 / 10)) \
                 $((epochs * 3 / 10)) | sort -nru); do
-                if [ "$fewer" -eq 0 ] || [ "$fewer" -eq "$epochs" ]; then continue; fi
+                if [ "$fewer" -eq 0 ]; then continue; fi
                 each --method full --epochs "$fewer" "$@"
-                if [ -z "${PAPER:-}" ]; then each --method full --epochs "$fewer" --lr $twice "$@"; fi
+                if [ "$twice" ]; then each --method full --epochs "$fewer" $twice "$@"; fi
             done
         fi
 
@@ -84,7 +89,7 @@ for seed in ${SEEDS:-0 1 2}; do
         for keep in $KEEPS; do
             for method in random el2n loss forgetting grand; do
                 if wanted $method; then
-                    each --method $method --keep "$keep" --epochs "$epochs" $schedule $(passes $method) "$@"
+                    each --method $method --keep "$keep" --epochs "$epochs" $tau $cycle $smoothing $(passes $method) "$@"
                 fi
             done
             if wanted el2n; then each --method el2n --keep "$keep" --epochs "$epochs" $tau --draw "$@"; fi
@@ -93,7 +98,7 @@ for seed in ${SEEDS:-0 1 2}; do
         # More time saved at the same share: half the data with fewer selections, a fifth in 6/10 of the epochs, rounded
         # up. Only where that is another run and prunes after two full epochs; the paper has a schedule of its own. And
         # a fifth from all ranges of scores, as the hardest are but errors where a model errs on more than a fifth.
-        if wanted el2n && [ -z "${PAPER:-}$tau" ]; then
+        if wanted el2n && [ -z "${PAPER:-}" ] && [ -z "$tau" ]; then
             shorter=$(((epochs * 6 + 9) / 10))
             if [[ " $KEEPS " == *" 0.5 "* ]] && [ "$epochs" -gt 4 ]; then
                 each --method el2n --keep 0.5 --epochs "$epochs" --cycle 4 "$@"
@@ -110,7 +115,7 @@ for seed in ${SEEDS:-0 1 2}; do
                 each --method random --selection static --keep "$keep" --epochs "$epochs" "$@"
             fi
             if wanted el2n; then
-                each --method el2n --selection static --keep "$keep" --epochs "$epochs" $schedule "$@"
+                each --method el2n --selection static --keep "$keep" --epochs "$epochs" $tau $cycle $smoothing "$@"
             fi
         done
 

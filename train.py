@@ -176,7 +176,7 @@ def parse(argv=None):
     add("--no-model", action="store_true", help="do not keep the fine-tuned model (90 MB with the default --model)")
     add("--save-every", type=int, default=1, metavar="N", help="checkpoint every N epochs, and after the last (1)")
     add("--resume", metavar="DIR", help="go on with the run in this folder, with its flags; or auto: with the newest "
-        "run in --out that has the same flags, if there is one and none of them is finished")
+        "run in --out that has the same settings and seed, if there is one and none of them is finished")
     p.set_defaults(folder=None)  # the run's, once it has begun
     args = p.parse_args(argv)
     if args.resume not in (None, "auto"):

@@ -203,14 +203,27 @@ def test_a_finished_run_is_not_done_again(command, capsys):
     assert len((Path(row["folder"]).parent / "results.jsonl").read_text().splitlines()) == 1
 
 
-def test_flags_that_do_not_matter_are_no_reason_to_do_a_run_again(command, capsys):
-    """A run that left a model serves where none is asked for, but not the other way round; and pruning's flags are
-    nothing to full data."""
+def test_flags_that_do_not_matter_are_no_reason_to_do_a_run_again(command):
+    """Pruning's are nothing to full data, and how often a run was saved is nothing to any."""
     row = run(command("--method", "full"))
-    for further in (["--no-model"], ["--cycle", "3"], ["--save-every", "2"]):
+    for further in (["--cycle", "3"], ["--save-every", "2"]):
         assert run(command("--method", "full", *further, "--resume", "auto")) == row
-    assert run(command("--no-model"))["folder"] != run(command("--resume", "auto"))["folder"]
-    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_run_that_left_a_model_serves_where_none_is_wanted_but_not_the_other_way_round(command, monkeypatch, capsys):
+    with_model, auto = run(command()), ["--resume", "auto"]
+    assert run(command("--no-model", *auto)) == with_model
+    shutil.rmtree(Path(with_model["folder"]) / "model")
+    assert run(command("--no-model", *auto)) == with_model  # its row is all that is wanted
+
+    without = run(command("--no-model", out="others"))
+    again = run(command(*auto, out="others"))
+    assert again["folder"] != without["folder"] and (Path(again["folder"]) / "model").is_dir()
+
+    folder = killed(monkeypatch, command(out="killed"))
+    other = run(command("--no-model", *auto, out="killed"))
+    assert other["folder"] != str(folder)  # which goes on as it began
+    assert run(command(*auto, out="killed"))["folder"] == str(folder) and (folder / "model").is_dir()
 
 
 def refused(capsys, arguments):
@@ -273,12 +286,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 @pytest.mark.parametrize(("flags", "named"), [
     (["--seed", "9"], "seed"), (["--keep", "0.4"], "keep"), (["--max-train", "159"], "max_train, examples"),
+    (["--method", "full"], "method"),
 ])  # fmt: skip
 def test_a_foreign_checkpoint_is_refused(command, monkeypatch, capsys, flags, named):
     folder = killed(monkeypatch, command())
     other = killed(monkeypatch, command(*flags, out="other"))
+    own = (folder / "checkpoint.pt").read_bytes()
     shutil.copy(other / "checkpoint.pt", folder)
-    assert f"checkpoint.pt: of another run, with other {named}" in refused(capsys, ["--resume", str(folder)])
+    (other / "checkpoint.pt").write_bytes(own)
+    for mixed in (folder, other):
+        assert f"checkpoint.pt: of another run, with other {named}" in refused(capsys, ["--resume", str(mixed)])
 
 
 def test_changed_data_and_another_model_are_noticed(command, monkeypatch, capsys, tiny, tmp_path, splits):

@@ -26,14 +26,15 @@ def listed(*flags, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"SMOKE": "1"}, {"PAPER": "1"}, {"EPOCHS": "40"},
-                                      {"METHODS": "full grand", "EPOCHS": "3"}])
-def test_it_lists_commands_that_are_valid_and_differ(settings):
-    commands = listed("--batch-size", "16", **settings)
-    flags = [vars(parse(command.split()[2:])) for command in commands]
-    configurations = {json.dumps(config, sort_keys=True, default=str) for config in flags}
+                                      {"METHODS": "full grand", "EPOCHS": "3"}, {"DATASETS": "a/folder mnli"}])
+@pytest.mark.parametrize("flags", [(), ("--lr", "1e-3")])
+def test_it_lists_commands_that_are_valid_and_differ(settings, flags):
+    commands = listed("--batch-size", "16", *flags, **settings)
+    parsed = [vars(parse(command.split()[2:])) for command in commands]
+    configurations = {json.dumps(config, sort_keys=True, default=str) for config in parsed}
     assert all(command.startswith("python train.py ") for command in commands)
     assert len(configurations) == len(commands) > 2
-    assert all(config["resume"] == "auto" and config["batch_size"] == 16 for config in flags)
+    assert all(config["resume"] == "auto" and config["batch_size"] == 16 for config in parsed)
 
 
 def test_settings_choose_what_is_run():
@@ -66,6 +67,15 @@ def test_the_papers_setting():
             assert {name: config[name] for name in wanted} == wanted and config["rescore"] == "all"
         assert drawn["draw"] and all(drawn[name] == wanted[name] for name in (*common, "epochs"))
         assert (drawn["full_epochs"], drawn["cycle"]) == (wanted.get("full_epochs", 2), 1)  # ours: anew every epoch
+
+
+def test_the_papers_setting_with_other_epochs():
+    (joint, *_), (glue, *_) = (
+        [vars(parse(command.split()[2:])) for command in listed(PAPER="1", METHODS="el2n", KEEPS="0.5", SEEDS="0",
+                                                                DATASETS=dataset, EPOCHS=epochs)]
+        for dataset, epochs in (("snips", "20"), ("cola", "40")))  # fmt: skip
+    assert (joint["full_epochs"], joint["cycle"], joint["epochs"]) == (4, 4, 20)
+    assert (glue["ema"], glue["std_weight"], glue["epochs"]) == (1.0, 0.0, 40)
 
 
 def test_40_epochs_have_the_papers_schedule():

@@ -55,6 +55,8 @@ def test_a_run_leaves_what_the_readme_says(run, tiny, tokenizer):
 
     assert row["examples_seen"] == 400 + 3 * 120 and row["examples_full"] == 1600
     assert row["steps"] == 50 + 3 * 15
+    assert row["epoch_kept"] == [400, 120, 120, 120]
+    assert sum(row["epoch_seconds"]) == pytest.approx(row["seconds"]["train"], abs=0.01)
     assert set(row["seconds"]) == {"load", "train", "score", "select", "evaluate", "save", "total"}
     seconds = dict(row["seconds"])
     assert seconds.pop("total") == pytest.approx(seconds["train"] + seconds["score"] + seconds["select"], abs=0.01)
