@@ -168,7 +168,7 @@ def test_targets_mix_no_machines_and_say_another_number_of_seeds():
     rows = [row(method, seed, frame, dataset=dataset) for dataset, frame in (("d", 91), ("e", 92)) for seed in (0, 1)
             for method, frame in (("full", 90), ("el2n", frame))]  # fmt: skip
     rows += [one | {"environment": {**one["environment"], "cpu": "another"}} for one in (row("full"), row(frame=80))]
-    second, first = table_of(report.targets(rows))[3:]
+    first, second = table_of(report.targets(rows))[3:]
     assert first[1:5] == ["el2n, on a processor", "10", "+1.00, 0 %", "+2.00, 0 %"]
     assert second[1:5] == ["el2n, on another", "10", "-10.00, 0 % (n 1)", "–"]
 
