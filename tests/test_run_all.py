@@ -113,17 +113,17 @@ def test_started_again_it_repeats_no_finished_run(tiny, tmp_path):
     assert "| demo | infobatch |" in (tmp_path / "report" / "results.md").read_text()
 
 
-def test_where_all_runs_fail_and_there_is_nothing_to_report_their_number_is_said(tmp_path):
-    (tmp_path / "python").write_text("#!/bin/sh\nexit 2\n")
+@pytest.mark.parametrize(("failing", "count"), [("--seed 7", 1), ("report.py", 0), ("--seed", 2), ("", 2)])
+def test_a_run_that_fails_is_counted_and_the_others_go_on(tmp_path, failing, count):
+    """With a `python` that only notes its arguments, and fails: at one run, at the report, at all runs, at everything."""
+    (tmp_path / "python").write_text(f"""#!/bin/sh
+echo "$*" >> {tmp_path}/calls
+case "$*" in *"{failing}"*) exit 2;; esac
+""")
     (tmp_path / "python").chmod(0o755)
-    process = script(PATH=f"{tmp_path}:{os.environ['PATH']}", DATASETS="demo", METHODS="infobatch", SEEDS="0 1")
+    process = script(PATH=f"{tmp_path}:{os.environ['PATH']}", DATASETS="demo", METHODS="infobatch", SEEDS="7 8")
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and said.startswith("run_all.sh: 2 run(s) failed")
-
-
-def test_a_run_that_fails_is_counted_and_the_others_go_on(tiny, tmp_path):
-    settings = {"DATASETS": "demo", "METHODS": "infobatch", "SEEDS": "-1 0", "EPOCHS": "2", "MODEL": tiny}
-    process = script("--max-train", "100", **settings, OUT=str(tmp_path))
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "--seed -1: must be from 0" in said and "1 run(s) failed" in said
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ["--seed 7" in calls[0], "--seed 8" in calls[1], calls[2].split()[0]] == [True, True, "report.py"]
+    assert said.startswith(f"run_all.sh: {count} run(s) failed") if count else not said
+    assert process.returncode == (1 if count else 2)
