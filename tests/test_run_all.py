@@ -115,7 +115,7 @@ def test_started_again_it_repeats_no_finished_run(tiny, tmp_path):
 
 @pytest.mark.parametrize(("failing", "count"), [("--seed 7", 1), ("report.py", 0), ("--seed", 2), ("", 2)])
 def test_a_run_that_fails_is_counted_and_the_others_go_on(tmp_path, failing, count):
-    """With a `python` that only notes its arguments, and fails: at one run, at the report, at all runs, at everything."""
+    """With a `python` that only notes its arguments, and fails at one run, the report, all runs, or everything."""
     (tmp_path / "python").write_text(f"""#!/bin/sh
 echo "$*" >> {tmp_path}/calls
 case "$*" in *"{failing}"*) exit 2;; esac
