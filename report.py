@@ -570,7 +570,7 @@ class Group:
     """Runs that differ in the seed alone, and what each is compared with.
 
     runs: rows by seed (of a seed that was run twice, the last). full: for each, the row on full data with its seed, or
-    None. curves: for each, rows on full data with its seed, one for every number of epochs that all seeds have.
+    None. curves: for each, rows on full data with its seed by number of epochs, one for each that all seeds have.
     """
 
     runs: list
@@ -596,20 +596,17 @@ class Group:
 
     def curve(self):
         """Full data for fewer epochs: [(time in % of that for the most, mean accuracy, its deviation)], by time."""
-        points = []
-        for rows in zip(*self.curves):
-            accuracy = [accuracy_of(row) for row in rows]
-            spread = statistics.stdev(accuracy) if len(rows) > 1 else 0.0
-            points.append((rows[0]["args"]["epochs"], statistics.mean(accuracy), spread))
-        longest = max(points)[0]
-        return [(100 * epochs / longest, *point) for epochs, *point in sorted(points)]
+        epochs = [row["args"]["epochs"] for row in self.curves[0]]
+        accuracy = [[accuracy_of(row) for row in rows] for rows in zip(*self.curves)]
+        means, deviations = map(statistics.mean, accuracy), map(deviation, accuracy)
+        return list(zip((100 * number / epochs[-1] for number in epochs), means, deviations))
 
     def equal_time_gains(self):
         """Points above what full data reaches in the same time (the mean over seeds) with fewer epochs, between whose
         numbers a straight line is drawn; one a seed, or None where that is outside a line. For a compared group."""
         gains, spent = [], statistics.mean(cost(row, full) for row, full in zip(self.runs, self.full))
         for row, curve in zip(self.runs, self.curves):
-            epochs, accuracy = zip(*sorted((other["args"]["epochs"], accuracy_of(other)) for other in curve))
+            epochs, accuracy = zip(*((other["args"]["epochs"], accuracy_of(other)) for other in curve))
             if not epochs[0] <= spent <= epochs[-1]:
                 return None
             gains.append(accuracy_of(row) - float(np.interp(spent, epochs, accuracy)))
@@ -645,7 +642,7 @@ def groups(rows):
         most_alike = max(same, key=lambda run: (run[1], len(flags.items() & run[0].items())), default=({}, 0, {}))
         candidates = [(epochs, other) for others, epochs, other in same
                       if untuned(others) == untuned(most_alike[0]) and other.keys() >= by_seed.keys()]  # fmt: skip
-        candidates.sort(key=lambda run: statistics.mean(on_dev(run[1][seed]) for seed in seeds))
+        candidates.sort(key=lambda run: (run[0], statistics.mean(on_dev(run[1][seed]) for seed in seeds)))
         curve = dict(candidates).values()  # of as many epochs, the last: the best
         found.append(Group([by_seed[seed] for seed in seeds], [most_alike[2].get(seed) for seed in seeds],
                            [[other[seed] for other in curve] for seed in seeds]))  # fmt: skip
@@ -663,6 +660,11 @@ def p_value(differences):
     theta = np.linspace(-np.pi / 2, np.pi / 2, 20001)
     density = np.cos(theta) ** (n - 2)
     return float(density[np.abs(theta) >= np.arctan(abs(t) / (n - 1) ** 0.5)].sum() / density.sum())
+
+
+def deviation(values):
+    """Standard deviation; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def mean_and_deviation(values, digits=2, sign=""):
@@ -818,10 +820,10 @@ def target_cells(alike, datasets, usual_n):
     args, reference = alike[0].args, alike[0].full[0]["args"]["epochs"]
     by_dataset = {dataset: [] for dataset in datasets}
     for group in alike:
-        gain, saved, n = statistics.mean(group.gains()), 100 * (1 - statistics.mean(group.times())), len(group.runs)
-        by_dataset[group.args["dataset"]].append(f"{gain:+.2f}, {saved:.0f} %" + f" (n {n})" * (n != usual_n))
-    gains, saved = chain(*(group.gains() for group in alike)), chain(*(group.times() for group in alike))
-    gains, saved = list(gains), 100 * (1 - statistics.mean(saved))
+        gain, less, n = statistics.mean(group.gains()), 100 * (1 - statistics.mean(group.times())), len(group.runs)
+        by_dataset[group.args["dataset"]].append(f"{gain:+.2f}, {less:.0f} %" + f" (n {n})" * (n != usual_n))
+    gains = list(chain(*(group.gains() for group in alike)))
+    saved = 100 * (1 - statistics.mean(chain(*(group.times() for group in alike))))
     aims = "–", "–"
     if args["keep"] in TARGETS and args["method"] != "infobatch" and args["epochs"] == reference in (10, 40):
         lost, at_10, at_40, *_ = TARGETS[args["keep"]]
@@ -859,8 +861,7 @@ def panel(ax, drawn, flags, style):
     points = []
     for group in drawn:
         times, accuracy = [100 * time for time in group.times()], [accuracy_of(row) for row in group.runs]
-        spread = statistics.stdev if len(times) > 1 else lambda _: 0.0
-        points.append((statistics.mean(times), statistics.mean(accuracy), spread(times), spread(accuracy)))
+        points.append((statistics.mean(times), statistics.mean(accuracy), deviation(times), deviation(accuracy)))
     names = [describe(group.runs[0], flags) for group in drawn]
     reference = [group.runs == group.full for group in drawn].index(True)
     _, top, _, band = points[reference]

@@ -82,6 +82,7 @@ def test_full_data_in_the_same_time_is_read_off_between_its_runs():
     full = [row("full", 0, 90, 100), row("full", 0, 80, 50, epochs=5)]
     assert cells([*full, row("el2n", 0, 89, 75)])[2][7] == "+4.00"  # above 85
     assert cells([*full, row("el2n", 0, 89, 40)])[2][7] == "–"  # sooner than any
+    assert cells([*full, row("full", 0, 10, 70, lr=9e-4), row("el2n", 0, 89, 75)])[3][7] == "+4.00"  # of the best
     both = [*full, row("full", 1, 90, 100), row("full", 1, 80, 50, epochs=5)]
     assert cells([*both, row("el2n", 0, 89, 48), row("el2n", 1, 89, 52)])[2][7] == "+9.00 ± 0.00"  # the mean is not
 

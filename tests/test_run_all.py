@@ -113,8 +113,16 @@ def test_started_again_it_repeats_no_finished_run(tiny, tmp_path):
     assert "| demo | infobatch |" in (tmp_path / "report" / "results.md").read_text()
 
 
+def test_a_run_that_fails_is_counted_and_the_others_go_on(tiny, tmp_path):
+    settings = {"DATASETS": "demo", "METHODS": "infobatch", "SEEDS": "-1 0", "EPOCHS": "2", "MODEL": tiny}
+    process = script("--max-train", "100", **settings, OUT=str(tmp_path))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "--seed -1: must be from 0" in said and "1 run(s) failed" in said
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize(("failing", "count"), [("--seed 7", 1), ("report.py", 0), ("--seed", 2), ("", 2)])
-def test_a_run_that_fails_is_counted_and_the_others_go_on(tmp_path, failing, count):
+def test_whatever_fails_the_runs_that_did_are_counted(tmp_path, failing, count):
     """With a `python` that only notes its arguments, and fails at one run, the report, all runs, or everything."""
     (tmp_path / "python").write_text(f"""#!/bin/sh
 echo "$*" >> {tmp_path}/calls
