@@ -1,8 +1,9 @@
-"""When to prune and which examples to keep."""
+"""When to select samples, and which ones to keep."""
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 class SelectionError(ValueError):
@@ -10,129 +11,118 @@ class SelectionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """τ epochs on everything; then every T epochs select anew what the next T train on; F epochs on everything.
+class Plan:
+    """Train τ epochs on everything, then select anew every T epochs; train the last F epochs on everything.
 
-    epochs: E. full_epochs: τ. cycle: T, at least 1. keep: k = 1 − ρ, the share kept, in (0, 1]; at 1 nothing is pruned.
-    full_end: F. static: select once, after τ epochs, and start again from the pretrained weights, for E epochs more.
+    epochs: E. full_epochs: τ. cycle: T, at least 1. full_end: F. static: select once, after τ epochs, and start again
+    from the pretrained weights for E more epochs.
     """
 
     epochs: int
     full_epochs: int
-    cycle: int
-    keep: float
+    cycle: int = 1
     full_end: int = 0
     static: bool = False
 
     @property
     def total(self):
-        """How many epochs there are in all: E, or τ + E."""
-        return self.epochs + self.full_epochs * (self.static and self.keep < 1)
+        """All epochs together: E, or τ + E if static."""
+        return self.epochs + self.full_epochs * self.static
 
-    def full_at(self, epoch):
-        """Whether `epoch` (from 0) trains on everything."""
-        return self.keep == 1 or not self.full_epochs <= epoch < self.total - self.full_end
+    def is_full(self, epoch):
+        """Return whether `epoch` (from 0) trains on everything."""
+        return not self.full_epochs <= epoch < self.total - self.full_end
 
-    def prunes_at(self, epoch):
-        """Whether to select before `epoch`. Never when the result would not be used."""
+    def selects_before(self, epoch):
+        """Return whether to select before `epoch`. A selection that no epoch would use is never made."""
         since = epoch - self.full_epochs
-        return not self.full_at(epoch) and (since == 0 if self.static else since % self.cycle == 0)
+        return not self.is_full(epoch) and (since == 0 if self.static else since % self.cycle == 0)
 
-    def restarts_at(self, epoch):
-        """Whether `epoch` begins with the pretrained weights again."""
-        return self.static and 0 < self.full_epochs == epoch and self.keep < 1
+    def restarts_before(self, epoch):
+        """Return whether `epoch` begins with the pretrained weights again."""
+        return self.static and 0 < self.full_epochs == epoch
 
     def progress(self, epoch):
-        """Which share of its epochs the training has behind it; epoch: whole ones and the share of the current one."""
-        return (epoch - (self.total - self.epochs) * (epoch >= self.full_epochs)) / self.epochs
+        """Return the share of the training that is done, in [0, 1). epoch: whole epochs plus the share of this one.
+
+        A static plan is two trainings: the one before the selection, and the one after it.
+        """
+        if self.static and epoch < self.full_epochs:
+            return epoch / self.full_epochs
+        return (epoch - self.full_epochs * self.static) / self.epochs
 
 
-def defaults(args):
-    """The schedule that comes with --method, --epochs, --selection and --draw: {flag: value} for those not given."""
-    flags = {"full_epochs": 2, "cycle": 2, "full_end": 0, "rescore": "untrained", "ema": 0.8, "std_weight": 1.0}
-    if args.draw or args.method in ("random", "forgetting", "infobatch"):
-        flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour earlier rounds' random draws, or old scores
-    if args.draw:  # what has not been drawn for long keeps an old score, as a rule a high one, until that has it drawn
-        flags |= {"cycle": 1, "rescore": "none"}
-    if args.method in ("random", "grand") or args.selection == "static":  # selected once, by the model as it is then
-        flags["rescore"] = "all"
-    if args.method == "random" and args.selection == "static":
-        flags["full_epochs"] = 0  # nothing has to be learned before
-    if args.method in ("forgetting", "infobatch"):
-        flags["rescore"] = "none"
-    if args.method == "infobatch":  # its authors' code prunes in epochs before 87.5 % of E
-        flags |= {"full_epochs": 1, "cycle": 1, "full_end": args.epochs // 8}
-    return flags
-
-
-def kept_size(n, keep):
-    """round(keep · n), a half rounded to even."""
-    return round(keep * n)
-
-
-def choose(importance, labels, args, rng):
-    """What to train on until the next selection, by the flags --method, --keep, --draw, --offset, --stratify and
-    --class-floor.
+def select(importance, labels, args, rng):
+    """Choose the samples to train on until the next selection, by the flags in `args`.
 
     importance: (N,) float; labels: (N,) int; rng: a numpy generator. Returns the kept indices, ascending, int64, and
-    the weight of each example in the loss, (N,) float32.
+    the weight of each sample in the loss, (N,) float32.
     """
     if args.method == "infobatch":
-        return soft_prune(importance, args.keep, rng)
-    if args.draw:
-        importance = perturbed(importance, rng)
+        return infobatch(importance, args.keep, rng)
+    if args.sample:
+        importance = gumbel_log_scores(importance, rng)
     if args.stratify:
         kept = stratified(importance, args.keep, args.offset, rng)
     else:
-        kept = select(importance, args.keep, args.offset)
+        kept = highest(importance, args.keep, args.offset)
     if args.class_floor:
-        kept = with_floor(kept, importance, labels, args.class_floor)
+        kept = with_class_floor(kept, importance, labels, args.class_floor)
     return kept, np.ones(len(importance), np.float32)
 
 
+def kept_size(n, keep):
+    """Return round(keep · N); a half is rounded to the even number."""
+    return round(keep * n)
+
+
 def check_finite(scores):
-    """SelectionError where a score is no finite number."""
+    """Raise SelectionError where a score is not finite."""
     if not np.isfinite(scores).all():
-        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite")
+        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite; start again "
+                             "with a lower --lr")
 
 
-def ranked(scores, keep, offset):
-    """All examples by falling score, of equal ones the lower index first, without the round(offset·N) very highest
-    (suspected label errors); and how many of them make up a share `keep` of all: round(keep·N)."""
+def ranking(scores, keep, offset):
+    """Return all samples by falling score, without the round(offset·N) very highest, and the number to keep.
+
+    Of equal scores the lower index comes first. The number is round(keep·N).
+    """
     check_finite(scores)
     size = kept_size(len(scores), keep)
     if size < 1:
-        raise SelectionError(f"a share of {keep:g} of {len(scores)} examples is none")
+        raise SelectionError(f"--keep {keep:g} of {len(scores)} samples keeps none; raise --keep")
     first = min(round(offset * len(scores)), len(scores) - size)  # both may round up where offset + keep is 1
     return np.argsort(-scores, kind="stable")[first:], size
 
 
-def select(scores, keep, offset=0.0):
-    """The examples to train on: the round(keep·N) highest scores after the round(offset·N) very highest are set aside.
-    Of equal scores the lower index comes first.
+def highest(scores, keep, offset=0.0):
+    """Keep the round(keep·N) highest scores, after setting the round(offset·N) very highest aside.
 
-    scores: (N,) float. Returns indices, ascending, int64. SelectionError where a score is no finite number or nothing
-    would be kept.
+    scores: (N,) float. Returns indices, ascending, int64. SelectionError where a score is not finite or none is kept.
     """
-    order, size = ranked(scores, keep, offset)
+    order, size = ranking(scores, keep, offset)
     return np.sort(order[:size])
 
 
-def perturbed(scores, rng):
-    """ln(score) + Gumbel noise, (N,) float64. The k highest are a draw of k without replacement, one after the other,
-    each with a chance in proportion to its score among those left (Efraimidis and Spirakis 2006, in logarithms).
+def gumbel_log_scores(scores, rng):
+    """Return ln(score) + Gumbel noise, (N,) float64.
 
-    scores: (N,) float; SelectionError where one is below 0. Those of 0 come last, in no order.
+    Its k highest are a sample of k without replacement, with chances in proportion to the scores (Efraimidis and
+    Spirakis 2006, in logarithms). scores: (N,) float, at least 0. Scores of 0 come last, in no order.
     """
     if (scores < 0).any():
-        raise SelectionError(f"{(scores < 0).sum()} of {len(scores)} scores are below 0: no chances")
+        raise SelectionError(f"{(scores < 0).sum()} of {len(scores)} scores are negative; leave --sample out")
     return np.log(np.maximum(scores, 1e-30), dtype=float) + rng.gumbel(size=len(scores))
 
 
 def stratified(scores, keep, offset, rng, bins=50):
-    """Coverage-centric selection (Zheng et al. 2023, always with an offset): as `select`, but from each of 50 equally
-    wide ranges of scores equally many, at random; what one has too few of falls to the fuller ones."""
-    order, size = ranked(scores, keep, offset)
+    """Keep equally many samples from each of 50 equally wide ranges of scores, at random.
+
+    This is coverage-centric selection (Zheng et al. 2023, who always use an offset). What a range has too few of is
+    taken from the fuller ones. Arguments and result as for `highest`.
+    """
+    order, size = ranking(scores, keep, offset)
     low, high = scores[order[-1]], scores[order[0]]
     width = (high - low) / bins or 1.0
     bin_of = np.minimum((scores[order] - low) // width, bins - 1)
@@ -143,22 +133,27 @@ def stratified(scores, keep, offset, rng, bins=50):
     return np.sort(np.concatenate(kept))
 
 
-def with_floor(kept, scores, labels, floor):
-    """As many examples as in `kept`, but of each class at least `floor`, or all that it has: its highest scores come
-    in (even those set aside by an offset) for the lowest of the classes that have more."""
+def with_class_floor(kept, scores, labels, floor):
+    """Exchange samples so that each class has at least `floor` in `kept`, or all that it has. The number stays.
+
+    The highest scores of a small class come in, even those that an offset set aside. The lowest of larger classes go.
+    """
     order = np.lexsort((-scores, ~np.isin(np.arange(len(scores)), kept)))  # the kept ones first, by falling score
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = np.r_[0, np.bincount(labels).cumsum()]
     place = np.arange(len(scores)) - starts[labels[by_class]]  # from 0 within its class
     safe = by_class[place < floor]
     if len(safe) > len(kept):
-        raise SelectionError(f"{floor} examples a class are {len(safe)} in all, more than the {len(kept)} to keep")
+        raise SelectionError(f"--class-floor {floor} needs {len(safe)} samples, but --keep allows {len(kept)}; lower "
+                             "the one or raise the other")
     return np.sort(np.r_[safe, order[~np.isin(order, safe)]][: len(kept)])
 
 
-def soft_prune(scores, keep, rng):
-    """InfoBatch (Qin et al. 2024): of the examples whose score is below the mean, each is kept with probability `keep`
-    = 1 − r, and then weighs 1/(1 − r), so that the expected gradient is that of all. Returns as `choose`."""
+def infobatch(scores, keep, rng):
+    """Keep each sample below the mean score with probability `keep` = 1 − r, and all others (Qin et al. 2024).
+
+    A kept sample below the mean weighs 1/(1 − r), so the expected gradient is the full one. Returns as `select`.
+    """
     check_finite(scores)
     below = scores < scores.mean(dtype=float)
     kept = ~below | (rng.random(len(scores)) < keep)
@@ -166,10 +161,10 @@ def soft_prune(scores, keep, rng):
 
 
 class Smoother:
-    """Scores averaged over the rounds: χ̂ = EMA + c·SD, with EMA_n = α·χ_n + (1 − α)·EMA_{n−1}, and SD the
-    exponentially weighted standard deviation, corrected for bias (0 in the first round).
+    """Smooth scores over the rounds: χ̂ = EMA + c·SD, with EMA_n = α·χ_n + (1 − α)·EMA_{n−1}.
 
-    alpha: weight of the newest score in (0, 1]; 1 is no smoothing. c: weight of the standard deviation.
+    SD is the exponentially weighted standard deviation, corrected for bias; it is 0 in the first round. alpha: weight
+    of the newest score, in (0, 1]; 1 is no smoothing. c: weight of the deviation.
     """
 
     def __init__(self, alpha, c):
@@ -178,8 +173,8 @@ class Smoother:
         self.squared_weights = 1.0  # Σ w_i² of the weights so far, for the bias correction 1 / (1 − Σ w_i²)
 
     def __call__(self, scores):
-        """Take this round's scores, (N,) float32, and return the smoothed ones, likewise."""
-        if self.mean is None or self.alpha == 1:  # the first round, or only the newest score counts
+        """Take this round's scores, (N,) float32, and return the smoothed ones, (N,) float32."""
+        if self.mean is None or self.alpha == 1:
             self.mean, self.variance = scores, np.zeros_like(scores)
             return scores
         a = self.alpha
@@ -188,3 +183,16 @@ class Smoother:
         self.variance = (1 - a) * (self.variance + a * delta**2)
         self.squared_weights = a**2 + (1 - a) ** 2 * self.squared_weights
         return self.mean + self.c * np.sqrt(self.variance / (1 - self.squared_weights))
+
+    def state_dict(self):
+        """Return everything that the next round depends on."""
+        if self.mean is None or self.alpha == 1:
+            return {}
+        return {"mean": torch.from_numpy(self.mean), "variance": torch.from_numpy(self.variance),
+                "squared_weights": self.squared_weights}  # fmt: skip
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` returned."""
+        if state:
+            self.mean, self.variance = state["mean"].numpy(), state["variance"].numpy()
+            self.squared_weights = state["squared_weights"]

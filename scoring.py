@@ -1,24 +1,27 @@
-"""How important is an example? Pure functions from a batch's outputs to one number an example, and where outputs come
-from: a pass over the examples, or their last training step.
+"""How important is a sample? Scores are pure functions of a batch's outputs. They come from a scoring pass, or from the
+samples' last training steps.
 
-To add a score, write a function (outputs, batch) -> (B,) tensor and name it in SCORES; `--method` then takes it.
+To add a score, write a function (outputs, batch) -> (B,) tensor and name it in SCORES. `--method` then takes it.
 """
 
 import numpy as np
 import torch
 
 from data import IGNORE, sorted_batches
-from data.parallel import add_up, share
-from models import EmbeddingRows, infer, losses
+from distributed import all_reduce_sum, shard
+from engine import UsedEmbedding
+from models import infer, losses
 
-NEVER = 2.0**16  # the score of what has not been right yet, above any number of events; nor been scored at all
+UNSEEN = 2.0**16  # the score of a sample that has none yet; above every number of forgetting events
 
 
 def el2n(outputs, batch):
-    """EL2N: ‖p − onehot(y)‖₂ (Paul et al. 2021). For joint intent/slot data, of all error vectors laid end to end:
-    χ = sqrt(‖p_intent − y_intent‖² + Σ_t ‖p_t − y_t‖²), t over words (Attendu and Corbeil 2023).
+    """Return EL2N, ‖p − onehot(y)‖₂ (Paul et al. 2021), (B,) fp32. For intent and slots it is the length of all error
+    vectors laid end to end (Attendu and Corbeil 2023):
 
-    outputs: logits (B, C), and (B, L, K) or None. Returns (B,) fp32.
+    χ = sqrt(‖p_intent − y_intent‖² + Σ_t ‖p_t − y_t‖²), t over words.
+
+    outputs: logits (B, C), and tag logits (B, L, K) or None.
     """
     logits, tag_logits = outputs
     squared = squared_error(logits, batch.labels)
@@ -28,9 +31,9 @@ def el2n(outputs, batch):
 
 
 def squared_error(logits, gold):
-    """‖softmax(logits) − onehot(gold)‖² along the last axis, in fp32; 0 where gold is IGNORE.
+    """Return ‖softmax(logits) − onehot(gold)‖² along the last axis, in fp32; 0 where gold is IGNORE.
 
-    logits: (…, C); gold: (…) int64. The difference is taken before squaring: Σp² − 2p_y + 1 would cancel.
+    logits: (…, C); gold: (…) int64. The difference is taken before squaring, because Σp² − 2p_y + 1 would cancel.
     """
     error = logits.float().softmax(-1)
     counts = gold != IGNORE
@@ -38,29 +41,24 @@ def squared_error(logits, gold):
     return error.square().sum(-1) * counts
 
 
-def forgetting(outputs, batch, before):
-    """Forgetting events (Toneva et al. 2019): how often an example was right at one of its training steps and wrong at
-    its next; NEVER until it is first right. Right: intent and every tag. Less ½ while it is right, so that of equal
-    counts those wrong now come first. They are counted while an example is trained on: once dropped, it gains none.
-
-    before: (B,) its score before this step, from which the events go on being counted.
-    """
+def is_correct(outputs, batch):
+    """Return whether the intent and every tag of a sample are predicted correctly, (B,) bool."""
     logits, tag_logits = outputs
-    right = logits.argmax(-1) == batch.labels
+    correct = logits.argmax(-1) == batch.labels
     if tag_logits is not None:
-        right &= ((tag_logits.argmax(-1) == batch.tags) | (batch.tags == IGNORE)).all(1)
-    was_right = before.frac() != 0
-    events = torch.where(was_right, before + 0.5, before)
-    return torch.where(right, torch.where(before == NEVER, 0, events) - 0.5, events + was_right)
+        correct &= ((tag_logits.argmax(-1) == batch.tags) | (batch.tags == IGNORE)).all(1)
+    return correct
 
 
 def gradient_norm(model, batch):
-    """GraNd (Paul et al. 2021) of a batch of one: ‖∇ loss‖₂ over all weights, (). Of this one model, where the paper
-    averages over several; in bf16 where the weights are."""
+    """Return GraNd, ‖∇ loss‖₂ over all weights (Paul et al. 2021), of a batch of one, ().
+
+    The paper averages over several models; this is the current model alone, in the dtype of its weights.
+    """
     losses(model(batch), batch).sum().backward()
     squared = 0.0
     for module in model.modules():
-        if isinstance(module, EmbeddingRows) and module.looked_up:  # the sum of what each row's tokens ask for
+        if isinstance(module, UsedEmbedding) and module.looked_up:  # sum the gradients of equal tokens first
             (rows, vectors), = module.looked_up
             _, row = rows.unique(return_inverse=True)
             gradient = vectors.grad.flatten(0, 1).float()
@@ -74,79 +72,89 @@ def gradient_norm(model, batch):
 
 
 SCORES = {"el2n": el2n, "loss": losses}
-WATCHED = ("forgetting", "infobatch")  # methods whose scores come from training steps alone
-METHODS = ("full", "random", *SCORES, *WATCHED, "grand")
+METHODS = ("full", "random", *SCORES, "forgetting", "infobatch", "grand")
 
 
-def score(model, split, method, indices=None, tokens=None):
-    """Score the examples `indices` of `split` (None: all) with the current model, dropout off. Returns (N,) fp32, on
-    the device of the split, 0 where nothing was scored.
+def score(model, split, method, tokens=None):
+    """Score every sample of `split` with the current model, dropout off. Returns (N,) fp32 on the split's device.
 
-    method: a key of SCORES, or "grand", which takes a backward pass of its own for each example. tokens: most tokens a
-    batch, as in sorted_batches. Several processes share the batches; all get all scores.
+    method: a key of SCORES, or "grand", which takes one backward pass for each sample. tokens: the most tokens in a
+    batch, as in sorted_batches. Several processes share the work, and each returns all scores.
     """
     scores = torch.zeros(len(split), device=split.tokens.device)
-    cut = share(sorted_batches(split, indices, tokens))
+    batch_list = shard(sorted_batches(split, tokens=tokens))
     if method == "grand":
         training = model.training
         model.eval()
-        for i in np.concatenate([*cut, np.empty(0, int)]):
+        for i in np.concatenate([*batch_list, np.empty(0, int)]):
             scores[i] = gradient_norm(model, split.batch(np.array([i])))
         model.train(training)
     else:
-        for batch, outputs in infer(model, split, cut):
+        for batch, outputs in infer(model, split, batch_list):
             scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)
-    return add_up(scores)
+    return all_reduce_sum(scores)
 
 
 class Scorer:
-    """The newest score of every example of a split.
+    """The newest score of every sample of a split, (N,) fp32.
 
-    rescore: which examples a pass goes over when scores are asked for: "all"; those "untrained" in the last epoch; or
-    "none". The others' are those of their last training step: for next to nothing, but with dropout on, and of a model
-    up to an epoch younger.
+    rescore: "all" makes a scoring pass when scores are asked for. "none" takes each score from the sample's last
+    training step: it costs next to nothing, but dropout was on and the model was younger.
     """
 
     def __init__(self, split, method, rescore):
-        self.split, self.method, self.rescore = split, method, rescore
-        self.scores = torch.full((len(split),), NEVER, device=split.tokens.device)
-        self.watched = torch.zeros_like(self.scores)  # 1 where this process has trained on it since `gather`
-
-    def watches(self, schedule, epoch):
-        """Whether a selection will use the scores of `epoch`'s training steps. It uses those of the epoch before it,
-        as the others since the last selection train on the same examples; forgetting events, of all epochs."""
-        ahead = range(epoch + 1, schedule.total) if self.method == "forgetting" else [epoch + 1]
-        return self.rescore != "all" and any(map(schedule.prunes_at, ahead))
+        self.split, self.method, self.records = split, method, rescore == "none"
+        self.scores = torch.full((len(split),), UNSEEN, device=split.tokens.device)
+        self.correct = torch.zeros_like(self.scores)  # forgetting: 1 where the last training step was correct
+        self.recorded = torch.zeros_like(self.scores)  # 1 where this process has a score that others lack
 
     @torch.no_grad()
-    def watch(self, outputs, batch):
-        """Take the scores of a training step's examples from its outputs."""
+    def record(self, outputs, batch):
+        """Take the scores of a training step's samples from its outputs, where training scores are needed."""
+        if not self.records:
+            return
         rows = torch.as_tensor(batch.indices, device=self.scores.device)
         if self.method == "forgetting":
-            self.scores[rows] = forgetting(outputs, batch, self.scores[rows])
+            self.record_forgetting(rows, is_correct(outputs, batch))
         else:
             self.scores[rows] = SCORES["loss" if self.method == "infobatch" else self.method](outputs, batch)
-        self.watched[rows] = 1
+        self.recorded[rows] = 1
 
-    def gather(self):
-        """At the end of an epoch that was watched: have in all processes what each has seen."""
-        scores = add_up(self.scores * self.watched)
-        self.scores = torch.where(add_up(self.watched) > 0, scores, self.scores)
-        self.watched.zero_()
+    def record_forgetting(self, rows, correct):
+        """Count forgetting events (Toneva et al. 2019): correct at one training step, wrong at the sample's next one.
 
-    def __call__(self, model, trained, rng):
-        """(N,) float32 in dataset order. trained: indices of the last epoch's examples. rng: a numpy generator, for
-        "random" (scores that know nothing) and for the order of those that were forgotten equally often."""
+        A sample that was never correct stays UNSEEN. Events are counted only while a sample is trained on.
+        """
+        events = self.scores[rows] + (self.correct[rows].bool() & ~correct)
+        self.scores[rows] = torch.where(correct & (events == UNSEEN), 0, events)
+        self.correct[rows] = correct.float()
+
+    def sync(self):
+        """Give every process the scores that each has recorded since the last call."""
+        anywhere = all_reduce_sum(self.recorded.clone()) > 0
+        for values in (self.scores, self.correct):
+            values.copy_(torch.where(anywhere, all_reduce_sum(values * self.recorded), values))
+        self.recorded.zero_()
+
+    def __call__(self, model, rng):
+        """Return the scores, (N,) float32 in dataset order. rng: a numpy generator, for random scores and for ties."""
         n = len(self.split)
         if self.method == "random":
             return rng.random(n, dtype=np.float32)
-        if self.rescore != "none":
-            stale = np.arange(n) if self.rescore == "all" else np.setdiff1d(np.arange(n), trained)
-            fresh = score(model, self.split, self.method, stale)
-            rows = torch.as_tensor(stale, device=fresh.device)
-            self.scores[rows] = fresh[rows]
+        if not self.records:
+            return score(model, self.split, self.method).cpu().numpy()
         scores = self.scores.cpu().numpy().copy()
-        if self.method == "forgetting":
-            most = scores[scores < NEVER].max(initial=0)
+        if self.method == "forgetting":  # of equal counts, samples that are wrong now come first; then chance decides
+            scores -= self.correct.cpu().numpy() / 2
+            most = scores[scores < UNSEEN].max(initial=0)
             scores = scores.clip(max=most + 1) + rng.random(n, dtype=np.float32) / 2
         return scores
+
+    def state_dict(self):
+        """Return the tensors that the next epoch depends on."""
+        return {"scores": self.scores, "correct": self.correct}
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` returned."""
+        self.scores.copy_(state["scores"])
+        self.correct.copy_(state["correct"])

@@ -1,4 +1,4 @@
-"""Datasets by name: `load("snips", …)` returns their splits as flat arrays. See encoding.py for what is in them."""
+"""Load datasets by name: load("snips", …) returns their splits as flat arrays, which encoding.py describes."""
 
 import os
 import sys
@@ -9,99 +9,74 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from . import demo, download
-from .encoding import (
-    DEFAULT_MODEL,
-    IGNORE,
-    LOST,
-    Batch,
-    ModelError,
-    Split,
-    batches,
-    encode,
-    load_tokenizer,
-    number_names,
-    sorted_batches,
-)
-from .parallel import rank
-from .readers import (
-    COLA_HEADER,
-    TRAIN_AND_DEV,
-    DataError,
-    Examples,
-    hold_out,
-    read_atis,
-    read_glue,
-    read_massive,
-    read_mrpc,
-    read_mtop,
-    read_own,
-    read_snips,
-)
+from distributed import rank
+
+from . import demo, download, own, readers
+
+from .encoding import (  # isort: skip
+    DEFAULT_MODEL, IGNORE, LOST, Batch, ModelError, Split, batches, encode, load_tokenizer, number_names, one_line,
+    pretrained, sorted_batches,
+)  # fmt: skip
+from .readers import DataError, Samples, expect, hold_out, subset
 
 __all__ = [
-    "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "Examples", "ModelError", "Split",
-    "batches", "encode", "find", "load", "load_tokenizer", "sorted_batches",
+    "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "ModelError", "Samples", "Split",
+    "batches", "default_folder", "demo", "encode", "find", "load", "load_tokenizer", "one_line", "pretrained", "read",
+    "sorted_batches", "subset",
 ]  # fmt: skip
 
 
 class Source(NamedTuple):
-    """A dataset: how to read it, what it officially holds, and where it comes from."""
+    """A dataset: how to read it, and what it officially holds."""
 
-    reader: Callable  # folder -> {"train": Examples, "dev": …, "test": …}; dev or test may be absent
+    reader: Callable  # folder -> {"train": Samples, "dev": …, "test": …}; dev or test may be absent
     folder: str | None  # below --data-dir; None: generated, so the reader takes no folder
-    rows: tuple  # of each split, in the reader's order, as published
-    labels: int | None  # intents or classes, over all splits; None: no figure is published
-    slots: int | None  # slot types, likewise; 0 for classification
-    files: list  # data.download.File
+    rows: tuple[int, ...]  # of each split, in the reader's order, as published
     licence: str
     metrics: tuple[str, ...] = ()  # of metrics.CLASSIFICATION, the main one first; none for intent and slots
 
     @property
     def classifies(self):
-        """Whether its task is classification; else, intent and slots."""
-        return self.slots == 0
+        """Whether the task is classification; else it is intent and slots."""
+        return bool(self.metrics)
 
 
-def glue(task, rows, texts, known=("0", "1"), archive=None, metrics=("accuracy",), splits=TRAIN_AND_DEV, **table):
-    """The Source of a GLUE task: `archive`.zip has a folder `task` with a .tsv file for each split."""
-    reader = partial(read_glue, texts=texts, known=known, splits=splits, **table)
-    address = f"{download.FAIR}/glue/data/{archive or task}.zip"
-    files = [download.File(f"{file}.tsv", address, member=f"{task}/{file}.tsv") for file in splits.values()]
-    return Source(reader, f"glue/{task}", rows, len(known), 0, files, "see GLUE", metrics)
+def glue(task, rows, texts, known=("0", "1"), metrics=("accuracy",), **options):
+    """Return the Source of a GLUE task. options: of `readers.read_glue`."""
+    reader = partial(readers.read_glue, texts=texts, known=known, **options)
+    return Source(reader, f"glue/{task}", rows, "see GLUE", metrics)
 
 
-ONE, TWO = ("sentence",), ("sentence1", "sentence2")
+# To add a dataset: write its reader in readers.py, name it here, and list its files in sources.txt.
+TWO = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
-
-# To add a dataset: write its reader in readers.py, name it here, and its files in download.py.
 DATASETS = {
-    "demo": Source(demo.generate, None, (4000, 500, 500), 7, 32, [], "MIT, as this program"),
-    "snips": Source(read_snips, "snips", (13084, 700, 700), 7, 39, download.SNIPS, "CC0"),
-    "atis": Source(read_atis, "atis", (4978, 893), 26, 83, download.ATIS, "not stated"),
-    "mtop": Source(read_mtop, "mtop", (15667, 2235, 4386), None, None, download.MTOP, "CC BY-SA 4.0"),
-    "slurp": Source(read_massive, "slurp", (11514, 2033, 2974), 60, 55, download.SLURP, "CC BY 4.0"),
-    "cola": glue("CoLA", (8551, 1043), ONE, header=COLA_HEADER, metrics=("matthews", "accuracy")),
-    "sst2": glue("SST-2", (67349, 872), ONE),
-    "mrpc": Source(read_mrpc, "glue/MRPC", (3668, 408), 2, 0, download.MRPC, "see GLUE", ("accuracy", "f1")),
+    "demo": Source(demo.generate, None, (4000, 500, 500), "MIT, as this program"),
+    "snips": Source(own.read_own, "snips", (13084, 700, 700), "CC0"),
+    "atis": Source(readers.read_atis, "atis", (4978, 893), "not stated"),
+    "mtop": Source(readers.read_mtop, "mtop", (15667, 2235, 4386), "CC BY-SA 4.0"),
+    "slurp": Source(readers.read_massive, "slurp", (11514, 2033, 2974), "CC BY 4.0"),
+    "cola": glue("CoLA", (8551, 1043), ("sentence",), metrics=("matthews", "accuracy"), header=readers.COLA_HEADER),
+    "sst2": glue("SST-2", (67349, 872), ("sentence",)),
+    "mrpc": Source(readers.read_mrpc, "glue/MRPC", (3668, 408), "see GLUE", ("accuracy", "f1")),
     "rte": glue("RTE", (2490, 277), TWO, ENTAILMENT),
     "wnli": glue("WNLI", (635, 71), TWO),
-    "qnli": glue("QNLI", (104743, 5463), ("question", "sentence"), ENTAILMENT, archive="QNLIv2"),
-    "qqp": glue("QQP", (363846, 40430), ("question1", "question2"), archive="QQP-clean", label="is_duplicate",
-                metrics=("accuracy", "f1")),
+    "qnli": glue("QNLI", (104743, 5463), ("question", "sentence"), ENTAILMENT),
+    "qqp": glue("QQP", (363846, 40430), ("question1", "question2"), metrics=("accuracy", "f1"), label="is_duplicate"),
     "mnli": glue("MNLI", (392702, 9815, 9832), TWO, ("contradiction", "entailment", "neutral"), label="gold_label",
                  splits={"train": "train", "dev": "dev_matched", "dev_mismatched": "dev_mismatched"}),
 }  # fmt: skip
+FILES = download.read_sources()
 
 
 @dataclass
 class Dataset:
-    """Encoded splits and the names behind their ids; heads have n_labels and n_tags outputs."""
+    """Encoded splits and the names behind their ids. Heads have n_labels and n_tags outputs."""
 
     name: str
     train: Split
     evaluation: dict[str, Split]  # "dev" and, where there are any, "test" and "dev_mismatched"
-    labels: list[str]  # intents, or classes; those that train has come first
+    labels: list[str]  # intents or classes; those of train come first
     n_labels: int  # how many labels train has
     tags: list[str]  # slot tags, likewise; empty for classification
     n_tags: int
@@ -120,106 +95,95 @@ class Dataset:
 
 
 def default_folder():
-    """$DATA_DIR, or data/raw in this checkout."""
+    """Return $DATA_DIR, or data/raw in this checkout."""
     return Path(os.environ.get("DATA_DIR") or Path(__file__).parent / "raw")
 
 
 def find(name, folder=None):
-    """(Source, folder of its files) of a dataset by name, or of a folder of the user's. DataError where it is neither.
+    """Return (Source, folder of its files) of a dataset, by its name or by a folder of the user's. Raises DataError.
 
-    folder: the one above, --data-dir.
+    folder: --data-dir, which has the folders of all datasets.
     """
     if name in DATASETS:
         source = DATASETS[name]
         return source, source.folder and Path(folder or default_folder()) / source.folder
-    if os.path.isdir(name):
-        slots = None if os.path.isdir(os.path.join(name, "train")) else 0  # a table has classes, a folder tagged words
-        return Source(read_own, name, (), None, slots, [], "the user's", ("accuracy",)), Path(name)
-    raise DataError(f"unknown dataset {name!r} (choose from {', '.join(DATASETS)}, or name a folder of your own)")
+    expect(os.path.isdir(name), f"--dataset {name}", f"choose from {', '.join(DATASETS)}, or name a folder of your own")
+    return Source(own.read_own, name, (), "the user's", () if own.has_tags(name) else ("accuracy",)), Path(name)
 
 
 def fetch(name, folder=None):
-    """Download the files of a dataset that are not on disk. DataError where that fails."""
+    """Download the files of a dataset that are not on disk. Raises DataError."""
     source, path = find(name, folder)
 
     def check(downloaded):
-        difference = unofficial(source, source.reader(downloaded))
-        if difference and not all(file.sha256 for file in source.files):
-            raise DataError(f"what was downloaded has {difference}")
+        rows = tuple(map(len, source.reader(downloaded).values()))
+        expect(rows == source.rows, "the download", f"{rows} rows, officially {source.rows}")
 
-    if source.files:
-        download.fetch(name, path, source.files, check, source.licence)
-
-
-def unofficial(source, splits):
-    """The numbers in which splits differ from the official ones, as text; "" where there is no difference."""
-    tags = {tag for examples in splits.values() for row in examples.tags or () for tag in row}
-    counts = {
-        f"rows of {', '.join(splits)}": (tuple(map(len, splits.values())), source.rows),
-        "labels": (len({label for examples in splits.values() for label in examples.labels}), source.labels),
-        "slot types": (len({tag[2:] for tag in tags - {"O"}}), source.slots),
-    }
-    return "; ".join(f"{got} {what}, officially {wanted}" for what, (got, wanted) in counts.items()
-                     if wanted not in (got, None))  # fmt: skip
+    if name in FILES:
+        download.fetch(name, path, FILES[name], check, source.licence)
 
 
 def read(name, folder=None):
-    """The raw text of a dataset, downloaded first where files are absent. DataError: not to be had, or damaged.
+    """Return {"train": Samples, "dev": …}, and "test" where there is one. Raises DataError.
 
-    Returns {"train": Examples, "dev": …} and "test" where there is one. Where there is no dev split, a fixed tenth of
-    train is held out for it.
+    Absent files are downloaded. A split is left out if train has none of its labels. A fixed tenth of train is held out
+    where there is no dev split.
     """
     source, path = find(name, folder)
     fetch(name, folder)
     splits = source.reader(path) if path else source.reader()
-    if source.files and rank() == 0 and (difference := unofficial(source, splits)):
-        print(f"warning: {path}: {difference}; results will not compare with others'", file=sys.stderr)
+    rows = tuple(map(len, splits.values()))
+    if name in FILES and rows != source.rows and rank() == 0:
+        print(f"warning: {path}: {rows} rows, officially {source.rows}; results will not compare", file=sys.stderr)
+    expect(all(rows), path, f"{', '.join(splits)} have {rows} samples; one or more was expected")
+    for split in [s for s in splits if set(splits["train"].labels).isdisjoint(splits[s].labels)]:
+        print(f"{name}: {split} is left out, because train has none of its labels")
+        del splits[split]
     if "dev" not in splits:
-        published = len(splits["train"])
-        if published < 2:
-            raise DataError(f"{path}: no dev split, and one train example cannot be split; two or more were expected")
+        n = len(splits["train"])
         splits["train"], splits["dev"] = hold_out(splits["train"], share=0.1)
-        print(f"{name}: no dev split; {len(splits['dev'])} of its {published} train examples are held out for that")
+        expect(len(splits["dev"]), path, "no dev split, and train has only one text to take it from; add samples")
+        print(f"{name}: no dev split; {len(splits['dev'])} of its {n} train samples are held out for it")
     return {split: splits[split] for split in ("train", "dev", "dev_mismatched", "test") if split in splits}
 
 
 def load(name, tokenizer, folder=None, max_length=256, max_train=None):
-    """Read a dataset, number its labels and tags, and encode it.
+    """Read a dataset, number its labels and tags, and encode it. Returns a Dataset. Raises DataError and ModelError.
 
-    name: of DATASETS, or a folder of the user's. tokenizer: a fast Hugging Face tokenizer. max_length: tokens an
-    example, special ones included. max_train: keep only the first that many train examples. Returns a Dataset.
-    DataError as for `read`.
+    name: of DATASETS, or a folder of the user's. tokenizer: a fast Hugging Face tokenizer. max_length: tokens a sample,
+    special ones included. max_train: keep that many train samples, drawn at random, the same for every seed.
     """
     splits = read(name, folder)
     train = splits.pop("train")
     if max_train is not None:
-        train = train.take(range(min(max_train, len(train))))
+        train = subset(train, max_train)
     label_ids, n_labels = number_names(train.labels, chain.from_iterable(e.labels for e in splits.values()))
     tag_ids, n_tags = {}, 0
     if train.tags is not None:
-        others = chain.from_iterable(examples.tags for examples in splits.values())
+        others = chain.from_iterable(samples.tags for samples in splits.values())
         tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
-        if len(tag_ids) >= 2**15:
-            raise DataError(f"{name}: {len(tag_ids)} slot tags; fewer than {2**15} were expected")
+        expect(len(tag_ids) < 2**15, name, f"{len(tag_ids)} slot tags; fewer than {2**15} were expected")
 
-    def encoded(examples, words=True):
-        return encode(examples, tokenizer, max_length, label_ids, tag_ids, words)
+    def encoded(samples, words=True):
+        return encode(samples, tokenizer, max_length, label_ids, tag_ids, words)
 
-    data = Dataset(name, encoded(train, words=False), {split: encoded(examples) for split, examples in splits.items()},
+    data = Dataset(name, encoded(train, words=False), {split: encoded(samples) for split, samples in splits.items()},
                    list(label_ids), n_labels, list(tag_ids), n_tags, train.pairs, find(name, folder)[0].metrics)
-    if rank() == 0:
-        for note in oddities(data, max_length):
-            print(f"{name}: {note}", flush=True)
+    for warning in data_warnings(data, max_length):
+        print(f"{name}: {warning}", flush=True)
     return data
 
 
-def oddities(data, max_length):
-    """Yield what a user may not expect of a dataset that is fit for use, as text."""
+def data_warnings(data, max_length):
+    """Yield what a user may not expect of a dataset, as text."""
     if data.n_labels == 1 and not data.tags:
-        yield f"all train examples have the label {data.labels[0]!r}: there is nothing to tell apart"
+        yield f"all train samples have the label {data.labels[0]!r}: there is nothing to tell apart"
     for name, split in data.splits.items():
         unseen = (split.labels >= data.n_labels).sum().item()
         if unseen:
-            yield f"{unseen} of {len(split)} {name} examples have a label that train lacks: they count as errors"
-        if split.cut:
-            yield f"{split.cut} of {len(split)} {name} examples are cut off after {max_length} tokens"
+            yield f"{unseen} of {len(split)} {name} samples have a label that train lacks: they count as errors"
+        unseen = 0 if split.tags is None else (split.tags >= data.n_tags).sum().item()
+        if unseen:
+            yield f"{unseen} {name} words have a tag that train lacks: they count as errors"
+        if split.truncated:
+            yield f"{split.truncated} of {len(split)} {name} samples are cut off after {max_length} tokens"

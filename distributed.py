@@ -1,0 +1,64 @@
+"""Several processes that share one run (torchrun). With a single process every function here does nothing."""
+
+import os
+import tempfile
+from contextlib import contextmanager, redirect_stdout
+
+import torch
+from torch import distributed
+
+
+def rank():
+    """Return the number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def shard(items):
+    """Return the part of a list or array that this process works on: every world-size-th item."""
+    return items[rank() :: distributed.get_world_size()] if distributed.is_initialized() else items
+
+
+def all_reduce_sum(tensor):
+    """Sum a tensor over all processes, in place, and return it."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(value):
+    """Return the first process's value, any picklable object, in every process."""
+    box = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(box)
+    return box[0]
+
+
+@contextmanager
+def process_group(args):
+    """Join the processes that torchrun started. All but the first write to a scratch folder and print only errors."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        yield
+        return
+    on_gpu = torch.device(args.device).type == "cuda"
+    try:
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            args.device = "cuda"  # the device that was just set
+        distributed.init_process_group("nccl" if on_gpu else "gloo")
+    except (ValueError, KeyError) as error:  # a variable is missing or is not a number
+        raise OSError(f"WORLD_SIZE={world}: the other processes cannot be reached ({str(error).splitlines()[0]}); "
+                      "start several processes with torchrun, or unset WORLD_SIZE") from None
+    if rank() == 0:
+        yield
+    else:
+        with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as silence, redirect_stdout(silence):
+            args.out, args.no_model = scratch, True
+            yield
+    distributed.destroy_process_group()
+
+
+def lost_process(error):
+    """Return whether an exception means that another process of this run has ended."""
+    lost = distributed.is_initialized() and "onnection" in str(error)
+    return lost or isinstance(error, distributed.DistError)

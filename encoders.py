@@ -1,0 +1,79 @@
+"""Pretrained encoders: load one, and check before a run that it fits its tokenizer, the data and the precision."""
+
+import copy
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+from data import Batch, ModelError, one_line, pretrained
+from engine import encoder_forward, first_position, linear
+
+
+def load_encoder(name):
+    """Return the encoder of a hub id or local folder, in fp32, without pooler. ModelError for any other model."""
+    # Without dtype, a checkpoint in half precision would be trained in half precision.
+    encoder, loaded = pretrained(AutoModel, name, dtype=torch.float32, output_loading_info=True)
+    missing = [weight for weight in loaded["missing_keys"] if "pooler" not in weight]
+    if missing:
+        raise ModelError(f"--model {name}: {len(missing)} weights are missing from its file ({min(missing)}, …)")
+    if encoder.config.is_encoder_decoder or not hasattr(encoder.config, "hidden_size"):
+        raise ModelError(f"--model {name}: {type(encoder).__name__} is no encoder; take one such as BERT or RoBERTa")
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # our sentence head takes its place
+    return encoder
+
+
+def max_tokens(encoder, tokenizer):
+    """Return the longest input of an encoder in tokens, special tokens included."""
+    positions = getattr(encoder.config, "max_position_embeddings", 0) - first_position(encoder)
+    return min(limit for limit in (tokenizer.model_max_length, positions, 2**15 - 1) if limit > 0)
+
+
+def has_segments(encoder):
+    """Return whether an encoder tells the two texts of a pair apart by an embedding of their own."""
+    return getattr(encoder.config, "type_vocab_size", 0) > 1
+
+
+def check_encoder(encoder, tokenizer, data, name, precision):
+    """Raise ModelError where an encoder cannot be trained on `data` in `precision`. name: of the model, to be shown."""
+    splits = data.splits.values()
+    highest = max(data.train.pad, *(int(split.tokens.max()) for split in splits))
+    if highest >= len(encoder.get_input_embeddings().weight):
+        raise ModelError(f"--model {name}: its tokenizer has token {highest}, which its encoder cannot embed; "
+                         "take the tokenizer that belongs to the encoder")
+    longest, limit = max(split.lengths.max() for split in splits), max_tokens(encoder, tokenizer)
+    if longest > limit:
+        raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has a sample of {longest}; "
+                         f"add --max-length {limit} to cut longer samples off")
+    try:
+        sees_last_token = try_batch(encoder, padded_pair(data.train, has_segments(encoder)), precision)
+    except Exception as error:  # whatever a foreign encoder raises
+        advice = "take another model" if precision == "fp32" else "try --precision fp32, or another model"
+        raise ModelError(f"--model {name}: the encoder fails on a first batch in {precision} ({one_line(error)}); "
+                         f"{advice}") from None
+    if not sees_last_token:
+        raise ModelError(f"--model {name}: its first token does not see the last one, as in a causal decoder; take an "
+                         "encoder such as BERT or RoBERTa")
+
+
+def padded_pair(split, segments):
+    """Return the longest and the shortest sample of a split as a Batch with padding, of at most 16 tokens."""
+    batch = split.batch(np.array([split.lengths.argmax(), split.lengths.argmin()]))
+    tokens = batch.tokens[:, :16].clone()
+    mask = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask[:, :16].clone()
+    mask[1, -1], tokens[1, -1] = False, split.pad
+    types = batch.types[:, :16] if segments and batch.types is not None else None
+    return Batch(batch.indices, tokens, types, mask, batch.labels, tokens)  # with tags, so that all hidden states count
+
+
+def try_batch(encoder, batch, precision):
+    """Run a copy of an encoder forward and backward on one batch. Return whether the first token sees the last one."""
+    trial, forward = copy.deepcopy(encoder).train(), encoder_forward(encoder)
+    trial.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    forward(trial, batch, linear).float().sum().backward()
+    other = batch.tokens.clone()
+    other[0, -1] = int(other[0, -1] == 0)  # any other token
+    with torch.no_grad():  # in fp32, as bf16 may round a small difference away
+        first, changed = (forward(encoder, batch._replace(tokens=t), linear)[0, 0] for t in (batch.tokens, other))
+    return not torch.equal(first, changed)

@@ -1,0 +1,96 @@
+"""Draw accuracy against time, and which samples a run kept. Needs matplotlib."""
+
+import math
+
+import numpy as np
+
+# The methods that a headline usually has look the same in every figure. Any other method takes the next free style.
+STYLES = {
+    "sampled EL2N": ("#d1495b", "o"), "highest EL2N": ("#00798c", "s"), "random": ("#8a8a8a", "^"),
+    "InfoBatch": ("#edae49", "D"),
+}  # fmt: skip
+FURTHER = (("#8d5a97", "v"), ("#66a182", "P"), ("#2e4057", "X"), ("#a0826d", "*"), ("#c97b84", "<"), ("#5b8fd1", ">"))
+
+
+def pyplot():
+    """Return matplotlib's pyplot, set to write the same file for the same content."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "data diets", "text.parse_math": False, "axes.spines.top": False,
+                                "axes.spines.right": False})  # fmt: skip
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(fig, path):
+    """Write a figure to path.svg and path.png, without a date."""
+    fig.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    fig.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    pyplot().close(fig)
+
+
+def figure(tasks, arms, path):
+    """Draw accuracy against time: a panel for each of the first 8 Tasks, a line for each method of the headline.
+
+    arms: {(keep, method): {Task: arm}}. A method's line goes through its keep fractions. The equal-time curve of full
+    data is black.
+    """
+    plt, tasks = pyplot(), [task for task in tasks if task.full][:8]
+    methods = sorted({name for (_, name), by_task in arms.items() if not any(arm.full for arm in by_task.values())})
+    free = iter(FURTHER * len(methods))
+    styles = {name: STYLES.get(name) or next(free) for name in methods}
+    columns = min(3, len(tasks))
+    lines = math.ceil(len(tasks) / columns)
+    size = (3.2 * columns, 2.5 * lines + 0.7)
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(tasks) :]:
+        ax.remove()
+    for ax, task in zip(axes.flat, tasks):
+        panel(ax, task, {key: by_task[task] for key, by_task in arms.items() if task in by_task}, styles)
+    handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.supxlabel("time, % of full data (along a line, the keep fraction falls from right to left)", size=9)
+    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns + 2, frameon=False)
+    save(fig, path)
+
+
+def panel(ax, task, arms, styles):
+    """Draw one Task. A point far below full data sits at the lower edge, beside its value."""
+    curve = [(100 * cost / task.full.cost, accuracy) for cost, accuracy, _ in task.corners]
+    full = [arm.mean for arm in task.baselines]
+    ax.plot(*zip(*curve), color="black", lw=1.5, label="full data, equal time")
+    ax.plot([task.time(arm) for arm in task.baselines], full, color="black", ls="", marker=".")
+    edge = min(full) - 1.5 * max(1.0, max(full) - min(full))
+    for name, (color, marker) in styles.items():
+        points = sorted((task.time(arm), arm.mean, arm.deviation) for (_, method), arm in arms.items()
+                        if method == name and task.time(arm))  # fmt: skip
+        if not points:
+            continue
+        times, means, spreads = map(np.array, zip(*points))
+        ax.plot(times, np.maximum(means, edge), color=color, marker=marker, ms=4.5, lw=1.2, zorder=3, label=name)
+        ax.errorbar(times, means, yerr=spreads, color=color, ls="", elinewidth=0.7, alpha=0.6)
+        for time, accuracy in zip(times[means < edge], means[means < edge]):
+            ax.annotate(f"{accuracy:.1f}", (time, edge), xytext=(5, 3), textcoords="offset points", size=7, color=color)
+    ax.set(title=task.title, ylabel=f"{task.measure}, %", xlim=(None, 103))
+    ax.set_ylim(bottom=max(edge - 0.03 * (max(full) - edge), ax.get_ylim()[0]))
+
+
+def kept_picture(rounds, title, path):
+    """Draw which samples a run kept: a row a selection, the samples by falling mean rank of importance.
+
+    rounds: {epoch: {"importance": (N,), "keep": (N,) of 0 and 1}}.
+    """
+    plt = pyplot()
+    ranks = np.mean([np.argsort(np.argsort(found["importance"])) for found in rounds.values()], axis=0)
+    keep = np.array([found["keep"][np.argsort(-ranks, kind="stable")] for found in rounds.values()])
+    shares = np.array([[part.mean() for part in np.array_split(row, min(500, len(row)))] for row in keep])
+    fig, ax = plt.subplots(figsize=(9, 0.4 * len(rounds) + 1.6), layout="constrained")
+    extent = (0, keep.shape[1], len(rounds), 0)
+    image = ax.imshow(shares, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1, extent=extent)
+    ax.set_yticks(np.arange(len(rounds)) + 0.5, [f"before epoch {epoch}" for epoch in rounds])
+    ax.set(xlabel="train samples, by falling mean rank of importance",
+           title=f"{title}\nkept: {keep.mean():.0%} a selection, {keep.any(0).mean():.0%} at least once, "
+                 f"{keep.all(0).mean():.0%} always")  # fmt: skip
+    fig.colorbar(image, label="share kept")
+    save(fig, path)

@@ -1,0 +1,179 @@
+"""The command line of train.py: every flag, its default, and which flags go together."""
+
+import argparse
+import os
+
+import numpy as np
+import torch
+
+from data import DATASETS, DEFAULT_MODEL, default_folder, find
+from engine import has_bf16
+from scoring import METHODS
+
+# The pruning flags that have an effect with each method. Every other one is refused.
+RANKED = {"keep", "full_epochs", "cycle", "full_end", "selection", "ema", "std_weight", "offset", "stratify",
+          "class_floor"}  # fmt: skip
+USES = {
+    "full": set(),
+    "random": {"keep", "full_epochs", "cycle", "full_end", "selection", "class_floor"},
+    "el2n": RANKED | {"rescore", "sample"},
+    "loss": RANKED | {"rescore", "sample"},
+    "forgetting": RANKED,
+    "grand": RANKED,
+    "infobatch": {"keep", "full_epochs", "cycle", "full_end"},
+}
+PRUNING = {flag for flags in USES.values() for flag in flags}
+
+
+def defaults(args, given):
+    """Return the value of every pruning flag that the user did not give, as {flag: value}; None where it has no use."""
+    static = given.get("selection") == "static"
+    sample = given.get("sample", False)
+    flags = {"keep": 0.5, "full_epochs": 2, "cycle": 2, "full_end": 0, "selection": "dynamic", "rescore": "all",
+             "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "stratify": False,
+             "class_floor": 0}  # fmt: skip
+    if args.method in ("forgetting", "infobatch") or (sample and not static):
+        flags["rescore"] = "none"
+    if args.method in ("random", "forgetting", "infobatch") or sample or static:
+        flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour earlier random draws, or old scores
+    if given.get("ema") == 1:
+        flags["std_weight"] = 0.0
+    if sample or args.method == "infobatch":
+        flags["cycle"] = 1
+    if args.method == "infobatch":
+        flags |= {"full_epochs": 1, "full_end": -(-args.epochs // 8)}  # its authors prune while e + 1 <= 0.875 E
+    if args.method == "random" and static:
+        flags["full_epochs"] = 0  # nothing has to be learned before a random choice
+    if args.method == "full":
+        flags |= dict.fromkeys(PRUNING) | {"full_epochs": args.epochs, "cycle": 1, "full_end": 0}
+    return {flag: value for flag, value in flags.items() if flag not in given}
+
+
+def number(kind, right, holds):
+    """Return a type for argparse: int or float, refused where `holds` is false of it. right: what it must be."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {right}")
+        return value
+
+    return parse
+
+
+count = number(int, "a whole number, at least 1", lambda n: n >= 1)
+count_or_0 = number(int, "a whole number, at least 0", lambda n: n >= 0)
+positive = number(float, "a number above 0", lambda x: 0 < x < np.inf)
+share = number(float, "above 0 and at most 1", lambda x: 0 < x <= 1)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the default behind every flag that has one."""
+
+
+def parser(description):
+    """Return the argument parser. Flags whose default depends on others are absent from the result if not given."""
+    p = argparse.ArgumentParser(prog="train.py", description=description, allow_abbrev=False, formatter_class=Help)
+    p.error = lambda message: p.exit(2, f"train.py: error: {message}; see --help\n")  # without the whole usage
+    late = {"default": argparse.SUPPRESS}
+
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder of your own")
+    add("--data-dir", metavar="DIR", help="folder of the raw datasets (default: $DATA_DIR, or data/raw)", **late)
+    add("--max-length", default=256, metavar="TOKENS", help="cut longer samples off",
+        type=number(int, "from 3 to 32767", lambda n: 3 <= n < 2**15))
+    add("--max-train", type=count, metavar="N", help="train on N samples only, drawn at random", **late)
+
+    add = p.add_argument_group("method").add_argument
+    add("--method", default="el2n", choices=METHODS, help="score that decides which samples are kept: %(choices)s")
+    add("--keep", type=number(float, "above 0 and below 1; --method full keeps everything", lambda k: 0 < k < 1),
+        metavar="k", help="k = 1 - ρ: fraction of the samples to keep; infobatch: of samples below the mean loss "
+        "(default: 0.5)", **late)
+    add("--full-epochs", type=count_or_0, metavar="τ",
+        help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)", **late)
+    add("--cycle", type=count, metavar="T",
+        help="T: epochs between selections (default: 2; infobatch and --sample 1)", **late)
+    add("--full-end", type=count_or_0, metavar="F",
+        help="F: last epochs, on full data (default: 0; infobatch an eighth of E)", **late)
+    add("--selection", choices=["dynamic", "static"],
+        help="dynamic selects every T epochs; static once, before training E epochs anew (default: dynamic)", **late)
+    add("--sample", action="store_true",
+        help="draw samples with chances in proportion to their scores, instead of keeping the highest", **late)
+    add("--draw", action="store_true", dest="sample", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # old name
+    add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores", **late)
+    add("--offset", type=number(float, "at least 0 and below 1", lambda o: 0 <= o < 1), metavar="o",
+        help="o: fraction with the very highest scores to set aside (default: 0)", **late)
+    add("--class-floor", type=count_or_0, metavar="N",
+        help="keep at least N samples of each label (default: 0)", **late)
+    add("--rescore", choices=["all", "none"], help="all scores every sample before a selection, with dropout off; none "
+        "takes scores from training steps (default: all; --sample none)", **late)
+    add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
+        "(default: 0.8; 1 for random, forgetting, --sample)", **late)
+    add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
+        help="c: weight of the deviation over selections (default: 1; 0 where α = 1)", **late)
+
+    add = p.add_argument_group("training").add_argument
+    add("--model", default=DEFAULT_MODEL, metavar="ID", help="Hugging Face hub id or local folder")
+    add("--epochs", type=count, default=10, metavar="E", help="E: all epochs; static: the epochs after the selection")
+    add("--lr", type=positive, help="learning rate at the start (default: 2e-4; classification 1e-4)", **late)
+    add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: falling to 0, or constant")
+    add("--clip", type=positive, default=1.0, metavar="NORM", help="largest norm of the gradient of the mean loss")
+    add("--batch-size", type=count, default=32, metavar="B", help="samples in a training step")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto is bf16 where the hardware has it")
+    add("--seed", type=number(int, "from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63), default=0,
+        help="seed of heads, dropout, batches and random selection")
+
+    add = p.add_argument_group("run").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one")
+    add("--out", default="runs", metavar="DIR", help="folder of run folders")
+    add("--resume", action="store_true", help="go on with the run of this command, if it was stopped", **late)
+    add("--save-every", type=count, default=1, metavar="N", help="save a checkpoint every N epochs")
+    add("--no-model", action="store_true", help="do not save the fine-tuned model", **late)
+    return p
+
+
+def parse(argv, description):
+    """Return all flags as a namespace, checked and complete. Exits with status 2 and one line where they are wrong."""
+    p = parser(description)
+    args = p.parse_args(argv, argparse.Namespace(data_dir=None, max_train=None, resume=False, no_model=False))
+    given = {flag: value for flag, value in vars(args).items() if flag in PRUNING}
+    if args.dataset not in DATASETS:
+        if not os.path.isdir(args.dataset):
+            p.error(f"--dataset {args.dataset}: must be one of {', '.join(DATASETS)}, or a folder of your own")
+        args.dataset = os.path.abspath(args.dataset)
+    args.data_dir = os.path.abspath(args.data_dir or default_folder())
+    args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
+    args.lr = getattr(args, "lr", 1e-4 if find(args.dataset)[0].classifies else 2e-4)
+    for flag, value in defaults(args, given).items():
+        setattr(args, flag, value)
+
+    pruned = args.epochs - args.full_end - args.full_epochs * (args.selection == "dynamic")
+    without_effect = [
+        *((flag, f"--method {args.method}") for flag in sorted(given.keys() - USES[args.method])),
+        *((flag, "--selection static") for flag in ("cycle", "ema", "std_weight") if args.selection == "static"),
+        *((flag, "--sample") for flag in ("offset", "stratify") if args.sample),
+        *((flag, "--ema 1, which averages nothing") for flag in ["std_weight"] if args.ema == 1),
+    ]
+    for flag, other in without_effect:
+        if flag in given:
+            p.error(f"--{flag.replace('_', '-')} has no effect with {other}; leave it out")
+    if args.method != "full" and pruned < 1:
+        p.error(f"--full-epochs {args.full_epochs} and --full-end {args.full_end} leave none of {args.epochs} epochs "
+                "to prune; raise --epochs")
+    if args.full_epochs < 1 and args.method != "random":
+        p.error(f"--full-epochs 0: --method {args.method} has to learn before it scores; take 1 or more")
+    if args.offset and args.offset > 1 - args.keep + 1e-9:
+        p.error(f"--offset {args.offset:g}: must be at most 1 - keep, {1 - args.keep:g}")
+
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device).cpu()  # "meta" has no values to bring back
+    except Exception as error:  # RuntimeError, AssertionError and others, by backend
+        p.error(f"--device {args.device}: not available here ({str(error).splitlines()[0]}); try --device cpu")
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(args.device) else "fp32"
+    return args

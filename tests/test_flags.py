@@ -1,0 +1,140 @@
+"""The command line: what is refused, what every flag changes, and that the learning rate never leaves [0, lr]."""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_train import log_of, only_folder, refused, rounds_of, small
+
+import flags
+import runs
+import train
+from pruning import Plan
+
+BAD = {  # flags: a word of the message
+    "--dataset nope": "--dataset", "--method nope": "--method", "--keep 0": "--keep", "--keep 1": "--keep",
+    "--keep nan": "--keep", "--keep half": "--keep", "--epochs 0": "--epochs", "--epochs 2.5": "--epochs",
+    "--full-epochs 0": "--full-epochs", "--full-epochs 10": "--epochs", "--full-epochs 5 --full-end 5": "--epochs",
+    "--selection static --full-end 10": "--epochs", "--full-end -1": "--full-end", "--class-floor -1": "--class-floor",
+    "--cycle 0": "--cycle", "--batch-size 0": "--batch-size", "--offset 0.6": "--offset", "--offset -0.1": "--offset",
+    "--ema 0": "--ema", "--std-weight -1": "--std-weight", "--lr 0": "--lr", "--lr inf": "--lr", "--clip 0": "--clip",
+    "--clip inf": "--clip", "--seed -1": "--seed", "--max-length 2": "--max-length", "--max-train 0": "--max-train",
+    "--save-every 0": "--save-every", "--device meta": "--device", "--device nope": "--device",
+    "--precision fp8": "--precision", "--ep 3": "--ep", "--no-such-flag": "--no-such-flag",
+    "--method full --keep 0.2": "--keep", "--ema 1 --std-weight 2": "--std-weight",
+    "--method infobatch --epochs 2": "--epochs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "word"), BAD.items())
+def test_flags_that_make_no_sense_are_refused_in_one_line(line, word, capsys):
+    assert word in refused(capsys, line.split())
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    names = {action.option_strings[0] for action in flags.parser("")._actions if action.help != "==SUPPRESS=="}
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and all(name in shown for name in names)
+
+
+def test_the_default_learning_rate_depends_on_the_task(tmp_path):
+    table, words = tmp_path / "table", tmp_path / "words"
+    table.mkdir()
+    (words / "train").mkdir(parents=True)
+    rates = [flags.parse(["--dataset", str(name)], "").lr for name in ("demo", "mtop", words, "rte", "sst2", table)]
+    assert rates == [2e-4] * 3 + [1e-4] * 3
+    assert flags.parse(["--dataset", "rte", "--lr", "3e-5"], "").lr == 3e-5
+
+
+# ---- the learning rate
+
+COUNT = st.integers(1, 12).map(str)
+VALUES = {"--epochs": COUNT, "--full-epochs": st.integers(0, 12).map(str), "--full-end": st.integers(0, 5).map(str),
+          "--cycle": COUNT, "--selection": st.sampled_from(["static", "dynamic"]), "--sample": st.just(None),
+          "--schedule": st.sampled_from(["linear", "constant"])}  # fmt: skip
+
+
+@given(st.sampled_from(train.flags.METHODS), st.fixed_dictionaries({}, optional=VALUES), st.integers(1, 5))
+def test_the_learning_rate_stays_within_0_and_lr(method, given_flags, steps):
+    """In each training it begins at lr and, unless it is constant, falls with every step."""
+    line = [part for flag, value in given_flags.items() for part in (flag, value) if part is not None]
+    try:
+        args = flags.parse(["--method", method, *line], "")
+    except SystemExit:
+        assume(False)
+    plan = Plan(args.epochs, args.full_epochs, args.cycle, args.full_end, args.selection == "static")
+    rates = [train.learning_rate(args, plan.progress(step / steps)) for step in range(plan.total * steps)]
+    cut = args.full_epochs * steps if plan.static else 0
+    for training in (rates[:cut], rates[cut:]):
+        assert all(0 < rate <= args.lr for rate in training) and training[:1] in ([], [args.lr])
+        assert args.schedule == "constant" or all(later < rate for rate, later in pairwise(training))
+
+
+# ---- every flag changes the run, or is refused
+
+MODES = ["full", "random", "el2n", "el2n --sample", "el2n --selection static", "loss", "forgetting", "grand",
+         "infobatch"]  # fmt: skip
+EFFECTS = {"--keep": "0.7", "--full-epochs": "3", "--cycle": "3", "--full-end": "2", "--selection": "static",
+           "--ema": "0.4", "--std-weight": "5", "--offset": "0.2", "--stratify": None, "--class-floor": "2",
+           "--rescore": "none", "--sample": None}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """What `quick` loads once."""
+    return {}
+
+
+@pytest.fixture
+def quick(tiny, tmp_path, monkeypatch, one_thread, loaded):
+    """quick(line) → what a run of a few steps does, as a comparable value, or None where its flags are refused."""
+    build, load = train.build_model, train.load
+
+    def load_once(*args):
+        loaded["data"] = loaded.get("data") or load(*args[:-1], 30)
+        return replace(loaded["data"])
+
+    def build_once(*args):
+        loaded["model"] = loaded.get("model") or build(*args)
+        return copy.deepcopy(loaded["model"])
+
+    monkeypatch.setattr(train, "load", load_once)
+    monkeypatch.setattr(train, "build_model", build_once)
+    monkeypatch.setattr(runs, "environment", lambda _: {})
+
+    def go(line):
+        out = tmp_path / line.replace(" ", "")
+        every = small(tiny, out, "full", "--epochs", 5, "--batch-size", 10, "--no-model", "--method", *line.split())
+        every.remove("full")
+        try:
+            assert train.main(every) == 0
+        except SystemExit as refusal:
+            assert refusal.code == 2
+            return None
+        folder = only_folder(out)
+        arrays = [{key: x.tobytes() for key, x in selection.items()} for selection in rounds_of(folder).values()]
+        return [(line["kept"], line["loss"]) for line in log_of(folder)], arrays
+
+    return go
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pruning_flag_changes_the_run_or_is_refused(quick, capsys, mode):
+    """A change shows in scores, masks or losses."""
+    plain, accepted = quick(mode), set()
+    for flag, value in EFFECTS.items():
+        if flag in mode:
+            continue
+        if mode == "el2n --sample" and flag == "--rescore":
+            value = "all"  # none is its default
+        got = quick(f"{mode} {flag} {value or ''}")
+        assert got != plain, f"--method {mode} {flag} does nothing"
+        if got:
+            accepted.add(flag)
+    assert ("--keep" in accepted) == (mode != "full")
+    assert all(line.startswith("train.py: error") for line in capsys.readouterr().err.splitlines())
