@@ -197,9 +197,8 @@ def likely_errors(folder, rounds, count):
         raise ReportError(f"{folder}/config.json: damaged ({clean(error)}); take the folder of another run") from None
     if args["method"] == "random":
         raise ReportError(f"{folder}: random scores say nothing about labels; take a run of another method")
-    if limit:  # once data.subset is there, it is all that is needed here
-        subset = getattr(data, "subset", lambda train, n: train.take(range(min(n, len(train)))))
-        samples = subset(samples, limit)
+    if limit:
+        samples = data.subset(samples, limit)
     epoch, last = max(rounds.items())
     if len(samples) != len(last["scores"]):
         raise ReportError(f"{folder}: {len(last['scores'])} scores, but {len(samples)} train samples in {dataset}; the "

@@ -154,7 +154,8 @@ class Run:
         kept: indices trained on; dev: metrics; state: what the next epoch depends on, as nested dicts of tensors.
         """
         self.check_finite(all_reduce_sum(self.loss) + 0 * state["optimizer"]["master"].sum())
-        seconds = {phase: round(s - self.before.get(phase, 0.0), 4) for phase, s in self.clock.seconds.items()}
+        seconds = {phase: round(s - self.before.get(phase, 0.0), 4) for phase, s in self.clock.seconds.items()
+                   if phase != "load"}  # fmt: skip
         line = {"epoch": len(self.log) + 1, "kept": len(kept), "tokens": int(self.data.train.lengths[kept].sum()),
                 "loss": self.loss.item() / len(kept), "dev": dev,
                 "seconds": {phase: s for phase, s in seconds.items() if s > 0}}  # fmt: skip
@@ -238,7 +239,7 @@ def environment(device):
     on_gpu = torch.device(device).type == "cuda"
     return {
         "git": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__,
         "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else torch.device(device).type,
         "cpu": processor(), "threads": torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }  # fmt: skip
@@ -261,7 +262,7 @@ def metrics_line(metrics):
 
 def summary(row, run):
     """Return what a person wants to know when a run ends, as text. row: of `Run.finish`."""
-    args, seconds, folder = run.args, {"score": 0, "select": 0, **row["seconds"]}, run.folder
+    args, seconds, folder = run.args, {"score": 0, "select": 0, "save": 0, **row["seconds"]}, run.folder
     keep = f", keep {args.keep:g}" if args.keep else ""
     after = "after the last epoch" + ("" if "test" in row else "; there is no test split")
     lines = [f"{row['args']['dataset']}, {args.method}{keep}, seed {args.seed}, {args.precision}; metrics {after}"]

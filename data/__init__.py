@@ -17,7 +17,7 @@ from .encoding import (  # isort: skip
     DEFAULT_MODEL, IGNORE, LOST, Batch, ModelError, Split, batches, encode, load_tokenizer, number_names, one_line,
     pretrained, sorted_batches,
 )  # fmt: skip
-from .readers import DataError, Samples, expect, hold_out, subset
+from .samples import DataError, Samples, expect, hold_out, subset
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "ModelError", "Samples", "Split",
@@ -107,7 +107,8 @@ def find(name, folder=None):
     if name in DATASETS:
         source = DATASETS[name]
         return source, source.folder and Path(folder or default_folder()) / source.folder
-    expect(os.path.isdir(name), f"--dataset {name}", f"choose from {', '.join(DATASETS)}, or name a folder of your own")
+    right = f"choose from {', '.join(DATASETS)}, or name a folder of your own"
+    expect(os.path.isdir(name), f"unknown dataset {name!r}", right)
     return Source(own.read_own, name, (), "the user's", () if own.has_tags(name) else ("accuracy",)), Path(name)
 
 

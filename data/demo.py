@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .readers import Samples
+from .samples import Samples
 
 SIZES = {"train": 4000, "dev": 500, "test": 500}
 ERROR_SHARE = 0.02

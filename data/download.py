@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch.hub import download_url_to_file
 
 from .encoding import one_line
-from .readers import DataError, expect
+from .samples import DataError, expect
 
 ROUNDS = 2  # how often every address is tried
 TIMEOUT = 30  # seconds without a byte

@@ -178,9 +178,9 @@ def sorted_batches(split, indices=None, tokens=None):
 def encode(samples, tokenizer, max_length, label_ids, tag_ids, words=True):
     """Tokenise a split of text into a Split. Raises ModelError where words would differ from text.
 
-    max_length: tokens a sample, special ones included. label_ids, tag_ids: {name: id}. words: whether to add the arrays
-    of words, which evaluation needs. The first sub-token of a word carries its tag. A word that the tokenizer would
-    drop becomes its unknown token. A word that is cut off by `max_length` is LOST.
+    max_length: tokens a sample, special ones included. label_ids, tag_ids: {name: id}. words: add the arrays of words,
+    for evaluation. The first sub-token of a word carries its tag. A word that the tokenizer would drop becomes its
+    unknown token. A word that is cut off by `max_length` is LOST.
     """
     joint = samples.tags is not None
     if joint and not words_match(tokenizer):

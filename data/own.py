@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from .readers import expect, labelled, pick, pick_label, read_objects, read_parallel, read_table, tagged
+from .readers import labelled, pick, pick_label, read_objects, read_parallel, read_table, tagged
+from .samples import expect
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
 KINDS = ("a folder with seq.in, seq.out and label; or a .tsv, .csv or .jsonl file with text (or text_a and text_b) and "
@@ -28,7 +29,7 @@ def read_own(folder):
 
 
 def has_tags(folder):
-    """Return whether a user's folder has words and tags, as the name or the first line of its train split shows."""
+    """Return whether a user's folder has words and tags. Its train split shows it, by its name or first line."""
     path = Path(folder) / "train.jsonl"
     return (Path(folder) / "train").is_dir() or (path.is_file() and b'"words"' in path.read_bytes().partition(b"\n")[0])
 
@@ -38,7 +39,8 @@ def read_file(path):
     rows = read_objects(path) if path.suffix == ".jsonl" else read_table(path)
     where, first = rows[0]
     if "words" in first:
-        return tagged([(where, *pick(row, where, ("words", "tags"), list), pick_label(row, where)) for where, row in rows])
+        rows = [(where, *pick(row, where, ("words", "tags"), list), pick_label(row, where)) for where, row in rows]
+        return tagged(rows)
     pairs = "text_a" in first or "text_b" in first
     expect(not pairs or "text" not in first, where, "columns text and text_a or text_b; remove one kind")
     samples = labelled(rows, ("text_a", "text_b") if pairs else ("text",))
@@ -48,7 +50,7 @@ def read_file(path):
 
 
 def refuse_swallowed_rows(rows, labels):
-    """Refuse a cell of several lines in which a label stands between commas: it is other rows after a stray quote."""
+    """Refuse a cell of several lines in which a label stands as in a row of its own: a stray quote opened the cell."""
     names = "|".join(map(re.escape, labels))
     row_end = re.compile(rf", *({names}) *[,\n]|\n *({names}) *,")
     for where, row in rows:

@@ -7,75 +7,9 @@ test where the dataset has none.
 import csv
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-
-class DataError(ValueError):
-    """A dataset that cannot be used. The message is one line: where, what is wrong, what to do."""
-
-
-def expect(ok, where, message):
-    """Raise DataError unless `ok`. where: a file, or "file:line"."""
-    if not ok:
-        raise DataError(f"{where}: {message}")
-
-
-@dataclass
-class Samples:
-    """One split as text.
-
-    Intent and slots: texts[i] is a list of words, and tags[i] the BIO tag of each. Classification: texts[i] is a string
-    or a pair of strings, and `tags` is None.
-    """
-
-    texts: list
-    labels: list[str]
-    tags: list[list[str]] | None = None
-    rows: list[int] | None = None  # row of each sample in its file, from 0, not counting a header; default 0 … N-1
-
-    def __post_init__(self):
-        if self.rows is None:
-            self.rows = list(range(len(self.labels)))
-
-    def __len__(self):
-        return len(self.labels)
-
-    @property
-    def pairs(self):
-        """Whether the texts are pairs of strings."""
-        return self.tags is None and isinstance(self.texts[0], tuple)
-
-    def take(self, indices):
-        """Return the samples of these indices, in their order."""
-        columns = (self.texts, self.labels, self.tags, self.rows)
-        return Samples(*(column and [column[i] for i in indices] for column in columns))
-
-
-def hold_out(samples, share, seed=0):
-    """Split off at most share * N of N samples, at random. Samples of one text stay together.
-
-    At least one text is held out. Returns (the others, the held-out samples); the latter is empty for a single text.
-    """
-    groups = {}
-    for i, text in enumerate(samples.texts):
-        groups.setdefault(str(text), []).append(i)
-    groups, held = list(groups.values()), []
-    for i in np.random.default_rng(seed).permutation(len(groups)):
-        if len(held) + len(groups[i]) <= share * len(samples):
-            held += groups[i]
-    if not held and len(groups) > 1:
-        held = min(groups, key=len)
-    rest = np.setdiff1d(np.arange(len(samples)), held)
-    return samples.take(rest), samples.take(np.sort(held).astype(int))
-
-
-def subset(samples, n, seed=0):
-    """Return n samples, drawn at random, in their order; all where there are fewer."""
-    return samples.take(np.sort(np.random.default_rng(seed).permutation(len(samples))[:n]))
-
+from .samples import DataError, Samples, expect
 
 # ---- files to rows
 
@@ -108,10 +42,10 @@ def read_table(path, header=None):
     rows = read_csv(path) if is_csv else [(where, line.split("\t")) for where, line in numbered(path)]
     header = header or rows.pop(0)[1]
     expect(rows, path, "no row below the header; one sample a row was expected")
-    expect(len(set(header)) == len(header), f"{path}:1", f"two columns have one name: {', '.join(header)[:200]}")
+    named = {name for name in header if header.count(name) == 1}  # an export may have several columns without a name
     for where, cells in rows:
         expect(len(cells) == len(header), where, f"{len(cells)} columns; {len(header)} were expected")
-    return [(where, dict(zip(header, cells))) for where, cells in rows]
+    return [(where, {name: cell for name, cell in zip(header, cells) if name in named}) for where, cells in rows]
 
 
 def read_csv(path):
@@ -145,10 +79,10 @@ def read_json(text, where):
 
 
 def pick(row, where, names, kind=str):
-    """Return the cells of some columns. Raises DataError where one is absent, or not of type `kind`."""
+    """Return the cells of some columns. Raises DataError unless each is there once, and of type `kind`."""
     cells = [row.get(name) for name in names]
     right = all(isinstance(cell, kind) for cell in cells)
-    expect(right, where, f"{', '.join(names)} were expected among {', '.join(map(str, row))[:200]}")
+    expect(right, where, f"{', '.join(names)} were expected, once each, among {', '.join(map(repr, row))[:200]}")
     return cells
 
 
@@ -165,7 +99,7 @@ def line_up(pattern, columns):
 def pick_label(row, where, name="label", known=None):
     """Return the label of a row as text. known: labels that may occur, None for any."""
     label = str(*pick(row, where, [name], (str, int))).strip()
-    expect(label in known if known else label, where, f"label {label!r}; {known or 'any text'} was expected")
+    expect(label in known if known else label, where, f"label {label[:40]!r}; {known or 'any text'} was expected")
     return label
 
 
@@ -187,13 +121,13 @@ def tagged(rows):
     for where, words, tags, label in rows:
         expect(words, where, "no words; remove this sample")
         for word in words:
-            expect(isinstance(word, str) and word, where, f"{word!r}; a word was expected")
+            expect(isinstance(word, str) and word, where, f"{str(word)[:40]!r}; a word was expected")
             blanks = ", ".join(f"U+{ord(letter):04X}" for letter in word if letter.isspace())
             expect(not blanks, where, f"{word[:40]!r} has the white space {blanks} within a word; replace it")
         expect(len(words) == len(tags), where, f"{len(words)} words but {len(tags)} tags; one tag a word was expected")
         for tag in tags:
             right = isinstance(tag, str) and re.fullmatch(r"O|[BI]-\S+", tag)
-            expect(right, where, f"tag {tag!r} is not of the form O, B-name or I-name")
+            expect(right, where, f"tag {str(tag)[:40]!r} is not of the form O, B-name or I-name")
         expect(label.strip() and "\t" not in label, where, f"label {label[:40]!r}; one label was expected")
     return Samples([row[1] for row in rows], [row[3].strip() for row in rows], [row[2] for row in rows])
 
@@ -287,7 +221,7 @@ def read_massive(folder):
             words += text.split() + slot.split()
             tags += ["O"] * len(text.split()) + bio(name.strip(), len(slot.split()))
         expect(words == utterance.split(), where, "an annot_utt was expected that is utt with slots as [name : words]")
-        expect(split in splits, where, f"partition {split!r}; train, dev or test was expected")
+        expect(split in splits, where, f"partition {split[:40]!r}; train, dev or test was expected")
         rows.append((where, words, tags, intent))
         splits[split].append(i)
     samples = tagged(rows)

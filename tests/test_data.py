@@ -12,20 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data import (
-    DEFAULT_MODEL,
-    IGNORE,
-    LOST,
-    ModelError,
-    Samples,
-    batches,
-    demo,
-    encode,
-    load,
-    load_tokenizer,
-    read,
-    sorted_batches,
-)
+from data import IGNORE, LOST, ModelError, Samples, batches, demo, encode, load, load_tokenizer, read, sorted_batches
 from data.encoding import number_names
 
 # ---- batches
@@ -57,13 +44,6 @@ def test_batches_are_shuffled_by_seed_and_hardly_padded(demo_data):
     assert padding(lengths, np.random.default_rng(1).permutation(everything).reshape(-1, 32)) > 0.2
 
 
-@pytest.mark.parametrize("dataset", ["snips", "atis"])
-def test_real_data_is_hardly_padded(raw, dataset):
-    """The saving is the same on real data."""
-    lengths = load(dataset, load_tokenizer(DEFAULT_MODEL), raw).train.lengths
-    assert padding(lengths, batches(lengths, np.arange(len(lengths)), 32, np.random.default_rng(0))) < 0.05
-
-
 def test_batches_for_inference_start_with_the_longest_and_have_a_limit(demo_data):
     """No batch of inference needs more memory than the first, nor more than the limit."""
     split, lengths = demo_data.evaluation["dev"], demo_data.evaluation["dev"].lengths
@@ -74,17 +54,6 @@ def test_batches_for_inference_start_with_the_longest_and_have_a_limit(demo_data
         assert len(batch) == most if most <= 16 else most - 16 < len(batch) <= most and len(batch) % 16 == 0
         assert lengths[following].max() <= lengths[batch].max()
     assert all(len(batch) == 1 for batch in sorted_batches(split, tokens=1))
-
-
-def test_a_batch_is_the_same_whatever_is_beside_it(demo_data):
-    """Padding changes no sample."""
-    indices = np.array([17, 3, 3999])
-    batch = demo_data.train.batch(indices)
-    for row, i in enumerate(indices):
-        alone, length = demo_data.train.batch(np.array([i])), demo_data.train.lengths[i]
-        assert batch.tokens[row, :length].tolist() == alone.tokens[0].tolist()
-        assert batch.tags[row, :length].tolist() == alone.tags[0].tolist()
-        assert batch.labels[row] == alone.labels[0]
 
 
 # ---- encoding

@@ -7,12 +7,15 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_train import log_of, only_folder, refused, rounds_of, small
+from test_train import data_folder, log_of, only_folder, refused, rounds_of
 
 import flags
 import runs
 import train
+from data import load
+from models import build_model
 from pruning import Plan
+from scoring import METHODS
 
 BAD = {  # flags: a word of the message
     "--dataset nope": "--dataset", "--method nope": "--method", "--keep 0": "--keep", "--keep 1": "--keep",
@@ -59,7 +62,7 @@ VALUES = {"--epochs": COUNT, "--full-epochs": st.integers(0, 12).map(str), "--fu
           "--schedule": st.sampled_from(["linear", "constant"])}  # fmt: skip
 
 
-@given(st.sampled_from(train.flags.METHODS), st.fixed_dictionaries({}, optional=VALUES), st.integers(1, 5))
+@given(st.sampled_from(METHODS), st.fixed_dictionaries({}, optional=VALUES), st.integers(1, 5))
 def test_the_learning_rate_stays_within_0_and_lr(method, given_flags, steps):
     """In each training it begins at lr and, unless it is constant, falls with every step."""
     line = [part for flag, value in given_flags.items() for part in (flag, value) if part is not None]
@@ -85,40 +88,29 @@ EFFECTS = {"--keep": "0.7", "--full-epochs": "3", "--cycle": "3", "--full-end": 
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    """What `quick` loads once."""
-    return {}
+def loaded(tiny, tokenizer):
+    """30 samples and a model, for all runs of `quick`."""
+    data = load(str(data_folder(tiny)), tokenizer, max_train=30)
+    return data, build_model(tiny, tokenizer, data, seed=0)
 
 
 @pytest.fixture
 def quick(tiny, tmp_path, monkeypatch, one_thread, loaded):
     """quick(line) → what a run of a few steps does, as a comparable value, or None where its flags are refused."""
-    build, load = train.build_model, train.load
-
-    def load_once(*args):
-        loaded["data"] = loaded.get("data") or load(*args[:-1], 30)
-        return replace(loaded["data"])
-
-    def build_once(*args):
-        loaded["model"] = loaded.get("model") or build(*args)
-        return copy.deepcopy(loaded["model"])
-
-    monkeypatch.setattr(train, "load", load_once)
-    monkeypatch.setattr(train, "build_model", build_once)
+    monkeypatch.setattr(train, "load", lambda *_: replace(loaded[0]))
+    monkeypatch.setattr(train, "build_model", lambda *_: copy.deepcopy(loaded[1]))
     monkeypatch.setattr(runs, "environment", lambda _: {})
 
     def go(line):
         out = tmp_path / line.replace(" ", "")
-        every = small(tiny, out, "full", "--epochs", 5, "--batch-size", 10, "--no-model", "--method", *line.split())
-        every.remove("full")
         try:
-            assert train.main(every) == 0
+            assert train.main(["--model", tiny, "--dataset", str(data_folder(tiny)), "--epochs", "5", "--batch-size",
+                               "10", "--no-model", "--out", str(out), "--method", *line.split()]) == 0  # fmt: skip
         except SystemExit as refusal:
             assert refusal.code == 2
             return None
-        folder = only_folder(out)
-        arrays = [{key: x.tobytes() for key, x in selection.items()} for selection in rounds_of(folder).values()]
-        return [(line["kept"], line["loss"]) for line in log_of(folder)], arrays
+        selections = [[x.tobytes() for x in arrays.values()] for arrays in rounds_of(only_folder(out)).values()]
+        return [(line["kept"], line["loss"]) for line in log_of(only_folder(out))], selections
 
     return go
 

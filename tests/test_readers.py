@@ -1,14 +1,12 @@
 """Readers take what is right, to the last row, and name what is wrong, with file and line."""
 
 import json
-import re
 from itertools import cycle, islice
-from pathlib import Path
 
 import pytest
 from conftest import GLUE, LABELS, ROWS, glue_texts, make_raw
 
-from data import DATASETS, FILES, DataError, find, load, read
+from data import FILES, DataError, find, load, read
 from data.own import read_own
 from data.readers import mtop_tags, read_massive
 from metrics import spans
@@ -30,19 +28,14 @@ def test_real_files_hold_what_is_official(raw, tokenizer, name):
     labels = {label for samples in splits.values() for label in samples.labels}
     slots = {tag[2:] for samples in splits.values() for tags in samples.tags or () for tag in tags} - {""}
     assert OFFICIAL[name] in (None, (len(labels), len(slots)))
-    assert [split.lost for split in load(name, tokenizer, raw).splits.values()] == [0] * (2 + ("test" in splits))
-
-
-def test_qnli_dev_has_its_official_rows(raw):
-    """Of QNLI, only dev is at hand."""
-    source, path = find("qnli", raw)
-    assert len(source.reader(path, splits={"dev": "dev"})["dev"]) == source.rows[1]
+    if not source.classifies:
+        assert [split.lost for split in load(name, tokenizer, raw).splits.values()] == [0, 0, 0]
 
 
 def test_atis_has_no_sentence_boundaries_and_a_dev_set_from_train(raw, tokenizer):
     """What the layout adds to the words is removed. Labels that only test has cannot be predicted."""
     splits = read("atis", raw)
-    assert {split: len(samples) for split, samples in splits.items()} == {"train": 4480, "dev": 498, "test": 893}
+    assert len(splits["train"]) + len(splits["dev"]) == 4978 and 490 < len(splits["dev"]) < 500
     assert splits["test"].texts[0][:3] == ["i", "would", "like"]
     assert not any({"BOS", "EOS"} & set(words) for samples in splits.values() for words in samples.texts)
     data = load("atis", tokenizer, raw)
@@ -76,30 +69,6 @@ def test_mtop_slots_can_be_rebuilt_from_the_tags(raw):
     assert rows == 6621
 
 
-def test_massive_marks_can_be_read_without_a_pattern(raw):
-    """A second reading: no mark is in another, so that text and marks take turns between brackets."""
-    splits = read("slurp", raw)
-    again = {split: [] for split in splits}
-    for row in map(json.loads, (raw / "slurp/1.0/data/en-US.jsonl").open(encoding="utf-8")):
-        tags = []
-        for turn, part in enumerate(row["annot_utt"].replace("]", "[").split("[")):
-            name, colon, words = part.partition(" : ")
-            assert bool(colon) == turn % 2
-            for i, _ in enumerate((words if colon else part).split()):
-                tags.append(f"{'I' if i else 'B'}-{name.strip()}" if colon else "O")
-        again[row["partition"]].append(tags)
-    assert all(again[split] == samples.tags for split, samples in splits.items())
-
-
-def test_quotes_of_glue_are_text_and_rows_those_of_the_file(raw):
-    """A quote that opens a cell swallows nothing. Samples.rows finds MRPC's samples in the file they come from."""
-    splits = read("mrpc", raw)
-    lines = (raw / "glue/MRPC/msr_paraphrase_train.txt").read_bytes().decode("utf-8-sig").splitlines()[1:]
-    for samples in splits.values():
-        assert [tuple(lines[row].split("\t")[3:]) for row in samples.rows] == samples.texts
-    assert sum(line.count('"') for line in lines) > 1000
-
-
 # ---- files of the right shape, which the tests make
 
 
@@ -127,36 +96,22 @@ def test_every_reader_gives_back_what_was_written(tmp_path, tokenizer, capsys, n
         assert source.reader(path) == splits
 
 
-@pytest.mark.parametrize(("marked", "words", "tags"), [
-    ("play jazz", "play jazz", "O O"),
-    ("[date : this week]", "this week", "B-date I-date"),
-    ("[a : x] [a : y z] w", "x y z w", "B-a B-a I-a O"),  # two adjacent slots of one name stay two
-    ("at [ time : five  am ] : now", "at five am : now", "O B-time I-time O O"),
-])  # fmt: skip
-def test_massive_notation(tmp_path, marked, words, tags):
-    """Slots are what stands in brackets after the colon."""
-    row = {"intent": "x", "utt": words, "annot_utt": marked}
-    rows = [{**row, "partition": split} for split in ("train", "dev", "test")]
+def test_massive_notation(tmp_path):
+    """Slots are what stands in brackets after the colon. Two adjacent slots of one name stay two."""
+    rows = [("train", "[a : x] [a : y z] w", "x y z w"), ("dev", "at [ time : five  am ] : now", "at five am : now")]
+    rows = [{"partition": split, "intent": "i", "annot_utt": marked, "utt": text} for split, marked, text in rows]
     (tmp_path / "1.0/data").mkdir(parents=True)
     (tmp_path / "1.0/data/en-US.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    samples = read_massive(tmp_path)["train"]
-    assert samples.texts == [words.split()] and samples.tags == [tags.split()]
+    splits = read_massive(tmp_path)
+    assert splits["train"].tags == [["B-a", "B-a", "I-a", "O"]]
+    assert splits["dev"].tags == [["O", "B-time", "I-time", "O", "O"]] and splits["dev"].rows == [1]
 
 
-@pytest.mark.parametrize(("utterance", "slots", "tags"), [
-    ("call Nicholas and Natasha", "5:13:SL:CONTACT,18:25:SL:CONTACT", "O B-CONTACT O B-CONTACT"),  # one-word slots
-    ("café à deux", "6:8:SL:A,9:13:SL:B", "O B-A B-B"),  # bytes, not letters
-    ("buy a b c", "4:7:SL:X,8:9:SL:X", "O B-X I-X B-X"),  # adjacent slots of one name
-    ("buy a b c", "", "O O O O"),
-])  # fmt: skip
-def test_mtop_slots(utterance, slots, tags):
-    """Offsets of slots are bytes."""
-    spans, at = [], 0
-    for word in utterance.split():
-        at = utterance.encode().index(word.encode(), at)
-        spans.append({"start": at, "length": len(word.encode())})
-        at += len(word.encode())
-    assert mtop_tags(utterance.split(), spans, slots, "here") == tags.split()
+def test_mtop_slots_are_counted_in_bytes():
+    """Letters beyond ASCII have several. Two adjacent slots of one name stay two."""
+    words, starts = ["café", "à", "deux", "x"], [0, 6, 9, 14]
+    spans = [{"start": start, "length": len(word.encode())} for start, word in zip(starts, words)]
+    assert mtop_tags(words, spans, "6:13:SL:A,14:15:SL:A", "here") == ["O", "B-A", "I-A", "B-A"]
 
 
 # ---- the user's own data
@@ -176,10 +131,10 @@ JOINT = {"train/seq.in": "a b\nc\n", "train/seq.out": "I-x O\nO\n", "train/label
 
 @pytest.mark.parametrize(("files", "texts"), [
     ({"train.tsv": "text\tlabel\n\"a\" b\tx\nc\ty\n"}, ['"a" b', "c"]),  # without quoting
-    ({"train.csv": 'label,text\nx, "a, ""b"""\ny,c\n'}, ['a, "b"', "c"]),
-    ({"train.csv": 'text,label\r\n"a, x\r\n\r\nb",x\r\n"c\r\n",y\r\n'}, ["a, x b", "c "]),  # line breaks in cells
+    ({"train.csv": 'label,text,,\nx, "a, ""b""",,\ny,c,,\n'}, ['a, "b"', "c"]),  # empty columns
+    ({"train.csv": 'text,label\r\n"a, z\r\n\r\nb",x\r\n"c\r\n",y\r\n'}, ["a, z b", "c "]),  # line breaks in cells
     ({"train.tsv": "id\ttext_b\tlabel\ttext_a\n1\tb\tx\ta\n2\t\ty\tc\n"}, [("a", "b"), ("c", "")]),  # QQP has such rows
-    ({"train.jsonl": '{"text": "a\\u2028b", "label": "x", "n": null}\n{"label": "y", "text": "c"}\n'}, ["a\u2028b", "c"]),
+    ({"train.jsonl": '{"text": "a\\u2028b", "label": "x", "n": null}\n{"label": "y", "text": "c"}'}, ["a\u2028b", "c"]),
     ({"train.jsonl": '{"text_b": "b", "text_a": "a", "label": "x"}\n{"text_a": "c", "text_b": "", "label": "y"}'},
      [("a", "b"), ("c", "")]),
     ({"train.jsonl": '{"words": ["a", "b"], "tags": ["O", "I-x"], "label": "x"}\n'
@@ -200,13 +155,10 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.tsv": TABLE, "Test.tsv": TABLE}, "Test.tsv: .* test.tsv"),
     ({"train.tsv": TABLE, "test.json": "{}"}, "test.json: .*jsonl"),
     ({"train.tsv": TABLE, "dev.txt": "a"}, "dev.txt: .*jsonl"),
-    ({"train.parquet": "a"}, "train.parquet: .*jsonl"),
     ({"train.tsv.gz": "a"}, "train.tsv.gz: .*jsonl"),
-    ({"train": TABLE}, "train/seq.in: Not a directory"),
     ({"train.tsv": "sentence\tlabel\na\tx\n"}, "train.tsv:2: text .*sentence"),
-    ({"train.tsv": "text_a\tlabel\na\tx\n"}, "train.tsv:2: text_a, text_b"),
     ({"train.tsv": "text\ttext_b\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text_a or text_b"),
-    ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:1: .*one name"),
+    ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:2: text .*once"),
     ({"train.tsv": "text\tlabel\n"}, "train.tsv: no row"),
     ({"train.tsv": TABLE + "\tx\n"}, "train.tsv:3: no text"),
     ({"train.tsv": TABLE + "b\t \n"}, "train.tsv:3: label ''"),
@@ -219,15 +171,12 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.csv": 'text,label\n"a\nb",x\n"c\nd"\n'}, "train.csv:4: 1 columns"),
     ({"train.jsonl": '{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n'}, "train.jsonl:2: text"),
     ({"train.jsonl": '{"text": "a", "label": 1}\n["a", "x"]\n'}, "train.jsonl:2: .*JSON object"),
-    ({"train.jsonl": '{"text": "a", "label": null}\n'}, "train.jsonl:1: label"),
     ({"train.jsonl": '{"text": "\\ud800", "label": "x"}\n'}, "train.jsonl:1: "),
     ({"train.jsonl": '{"words": ["a b"], "tags": ["O"], "label": "x"}\n'}, r"train.jsonl:1: .*U\+0020"),
     ({"train.jsonl": '{"words": ["a"], "tags": ["O", "O"], "label": "x"}\n'}, "train.jsonl:1: 1 words but 2 tags"),
-    ({"train.jsonl": '{"words": [], "tags": [], "label": "x"}\n'}, "train.jsonl:1: no words"),
     ({**JOINT, "train/seq.in": "a b\nc\u00a0d\n"}, r"seq.in.*:2: .*U\+00A0"),
     ({**JOINT, "train/seq.in": "a b\u3000\nc\n"}, r"seq.in.*:1: .*U\+3000"),
     ({**JOINT, "train/seq.in": "a \u2028\nc\n"}, r"seq.in.*:1: .*U\+2028"),
-    ({**JOINT, "train/seq.out": "O\u00a0O O\nO\n"}, "seq.out.*:1: tag"),
     ({**JOINT, "train/label": "x\n"}, "2 / 2 / 1 lines"),
     ({"train.tsv": TABLE, "dev.tsv": "text_a\ttext_b\tlabel\na\tb\tx\n"}, "must be all"),
     ({"train.tsv": TABLE, **{file.replace("train", "test"): text for file, text in JOINT.items()}}, "must be all"),
@@ -251,65 +200,45 @@ def test_a_link_to_nowhere_is_not_taken_for_a_split_that_is_not_there(tmp_path):
 
 DAMAGE = {
     "bad UTF-8": lambda lines: [lines[0], b"\xff" + lines[1], *lines[2:]],
-    "an empty file": lambda lines: [],
     "blank lines only": lambda lines: [b"", b""],
-    "a cut line": lambda lines: [*lines[:3], lines[3][: len(lines[3]) // 2], *lines[4:]],
     "an empty line": lambda lines: [*lines[:3], b"", *lines[3:]],
     "a stray tab": lambda lines: [*lines[:3], b"x\t" + lines[3], *lines[4:]],
-    "a missing file": None,
 }
 
-# Where a line was cut in these, enough is left to be another label, another word, or a shorter text.
-UNSEEN = {
-    ("snips", "label"), ("atis", "atis.dict.vocab.csv"), ("atis", "atis.dict.slots.csv"),
-    ("atis", "atis.dict.intent.csv"), ("cola", "train.tsv"), ("cola", "dev.tsv"),
-}  # fmt: skip
 
-
-@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ROWS)
-def test_damaged_files_are_refused(tmp_path, name, damage):
-    """Every file of every dataset, damaged in every way: one line that says where."""
+def test_damaged_files_are_refused(tmp_path, name):
+    """Every file of every dataset, damaged in every way or missing: one line that names it, or its folder."""
     make_raw(tmp_path, name)
     source, folder = find(name, tmp_path)
-    for file in FILES[name]:
-        path = folder / file.path
+    for path in [folder / file.path for file in FILES[name]]:
         intact = path.read_bytes()
-        if DAMAGE[damage] is None:
+        for damage in (*DAMAGE.values(), None):
             path.unlink()
-        else:
-            path.write_bytes(b"\n".join(DAMAGE[damage](intact.removesuffix(b"\n").split(b"\n"))))
-        if damage == "a cut line" and (name, Path(file.path).name) in UNSEEN:
-            source.reader(folder)
-        else:
-            with pytest.raises(DataError) as caught:
+            if damage:
+                path.write_bytes(b"\n".join(damage(intact.removesuffix(b"\n").split(b"\n"))))
+            with pytest.raises(DataError, match=str(path.parent)) as caught:
                 source.reader(folder)
-            assert "\n" not in str(caught.value) and str(path.parent) in str(caught.value)
-        path.write_bytes(intact)
+            assert "\n" not in str(caught.value)
+            path.write_bytes(intact)
 
 
 @pytest.mark.parametrize(("name", "file", "old", "new", "message"), [
     ("snips", "train/seq.out", "B-", "b-", r"seq.out.*:\d+: tag 'b-\w+'"),
     ("snips", "train/seq.out", "O O", "O", r"seq.out.*:\d+: \d words but \d tags"),
     ("atis", "atis.train.slots.csv", "42 ", "9999 ", "slots.csv:1: "),
-    ("atis", "atis.train.slots.csv", "42 ", "-1 ", "slots.csv:1: "),
     ("atis", "atis.train.query.csv", "0 ", "2 ", "query.*:1: BOS"),
-    ("atis", "atis.test.query.csv", " 1\n", "\n", "query.*:1: BOS"),
     ("atis", "atis.train.intent.csv", "\n", " 1\n", "intent.*:1: 2 intents"),
     ("mtop", "mtop/en/eval.txt", "IN:", "", "eval.txt:1: .*IN:"),
     ("mtop", "mtop/en/eval.txt", ":SL:", ":", "eval.txt:1: slots"),
     ("mtop", "mtop/en/eval.txt", "\"start\": 0", "\"start\": \"0\"", "eval.txt:1: .*tokenSpans"),
     ("mtop", "mtop/en/eval.txt", "\"tokens\": [", "\"tokens\": [\"x\", ", "eval.txt:1: .*tokenSpans"),
-    ("mtop", "mtop/en/eval.txt", "\"tokens\": [\"", "\"tokens\": [1, \"", "eval.txt:1: "),
     ("mtop", "mtop/en/eval.txt", "\t9:15:", "\t9999:99999:", r"eval.txt:\d+: slot 9999"),
     ("mtop", "mtop/en/eval.txt", "\t9:15:", "\t9:15:SL:x,9:15:", r"eval.txt:\d+: slot 9:15"),
-    ("mtop", "mtop/en/eval.txt", "\"tokens\": [\"", "\"tokens\": [\"\\ud800", "eval.txt:1: .*JSON object"),
     ("slurp", "1.0/data/en-US.jsonl", '"intent": "', '"intent": " ", "x": "', "jsonl:1: .*label ' '"),
     ("slurp", "1.0/data/en-US.jsonl", '"utt": "', '"utt": 5, "x": "', "jsonl:1: .*utt"),
     ("slurp", "1.0/data/en-US.jsonl", '"annot_utt": "', '"annot_utt": "[date : ] ', "jsonl:1: .*name : words"),
     ("slurp", "1.0/data/en-US.jsonl", '"train"', '"trial"', "jsonl:1: partition 'trial'"),
-    ("slurp", "1.0/data/en-US.jsonl", " : ", " ", "jsonl:1: .*name : words"),
-    ("slurp", "1.0/data/en-US.jsonl", "{", "[" * 100_000, "jsonl:1: .*JSON object"),
     ("cola", "train.tsv", "\t0\t", "\t2\t", "train.tsv:1: label '2'"),
     ("rte", "dev.tsv", "\tentailment", "\t1", "dev.tsv:2: label '1'"),
     ("mnli", "train.tsv", "gold_label", "label", "train.tsv:2: gold_label"),

@@ -259,6 +259,15 @@ def test_the_highest_scores_are_shown_in_words(pruned, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"likely_errors.md", "kept.svg", "kept.png"}
 
 
+def test_rows_are_those_of_the_users_file_under_max_train(pruned, capsys):
+    (pruned.folder / "config.json").write_text(json.dumps({"args": {**pruned.args, "max_train": 10}}))
+    ten = np.arange(10)
+    np.savez(pruned.folder / "rounds" / "epoch-009.npz", scores=ten, importance=ten, keep=ten)
+    assert report.main([str(pruned.folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()[-10:]
+    assert all(f"song{line.split()[0]}: " in line for line in lines) and len({line.split()[0] for line in lines}) == 10
+
+
 @pytest.mark.parametrize("args", [{"method": "random"}, {"max_train": 10}, {"dataset": "absent"}])
 def test_scores_that_say_nothing_are_refused_in_one_line(pruned, capsys, args):
     (pruned.folder / "config.json").write_text(json.dumps({"args": {**pruned.args, **args}}))

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from functools import cache
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import runs
 import scoring
 import train
 from data import batches, demo, load, load_tokenizer
@@ -26,8 +25,8 @@ from models import NLUModel, build_model, predictions
 from pruning import Smoother, highest
 
 ROOT = Path(__file__).parents[1]
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 pytestmark = pytest.mark.usefixtures("one_thread")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 # ---- tools, also of test_flags.py, test_resume.py and stress.py
 
@@ -36,17 +35,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def data_folder(model):
     """Write a little of demo as a dataset of one's own, beside the files of the tiny model. Returns its folder."""
     folder = Path(model) / "data"
-    for split, size in {"train": 96, "dev": 40, "test": 40}.items():
+    for split, size in {"train": 64, "dev": 24, "test": 24}.items():
         samples = demo.generate()[split].take(range(size))
+        columns = {"seq.in": map(" ".join, samples.texts), "seq.out": map(" ".join, samples.tags), "label": samples.labels}
         (folder / split).mkdir(parents=True, exist_ok=True)
-        (folder / split / "seq.in").write_text("".join(" ".join(words) + "\n" for words in samples.texts))
-        (folder / split / "seq.out").write_text("".join(" ".join(tags) + "\n" for tags in samples.tags))
-        (folder / split / "label").write_text("".join(label + "\n" for label in samples.labels))
+        for name, lines in columns.items():
+            (folder / split / name).write_text("".join(line + "\n" for line in lines))
     return folder
 
 
 def small(model, out, *flags):
-    """Return the arguments of a small run: 12 steps an epoch on everything, 6 on half, selections before 2, 3 and 4."""
+    """Return the arguments of a small run: 8 steps an epoch on everything, 4 on half, selections before 2, 3 and 4."""
     pruning = [] if "full" in flags else ["--full-epochs", "1"]
     cycle = [] if {"full", "static"} & set(flags) else ["--cycle", "1"]
     return ["--model", str(model), "--dataset", str(data_folder(model)), "--epochs", "4", *pruning, *cycle,
@@ -76,24 +75,19 @@ def rounds_of(folder):
     return {path.name: dict(np.load(path)) for path in sorted(folder.glob("rounds/*"))}
 
 
-def assert_same_run(folder, wanted):
+def assert_same_run(folder, wanted, metrics=True):
     """Two finished runs have the same files, selections, weights, log and metrics, bit for bit."""
-    files = sorted(str(path.relative_to(wanted)) for path in wanted.rglob("*"))
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == files
-    assert_same_training(folder, wanted)
-    ours, theirs = row_of(folder), row_of(wanted)
-    assert all(ours[key] == theirs[key] for key in theirs if "seconds" not in key and key not in ("run", "args"))
-
-
-def assert_same_training(folder, wanted):
-    """Two runs have the same selections, weights and log, bit for bit, apart from dev metrics."""
-    ours, theirs = rounds_of(folder), rounds_of(wanted)
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[name][key], theirs[name][key]) for name in theirs for key in theirs[name])
-    for path in wanted.glob("model/*.safetensors"):
-        assert (folder / "model" / path.name).read_bytes() == path.read_bytes()
-    logs = [[{**line, "dev": None} for line in log_of(run)] for run in (folder, wanted)]
-    assert logs[0] == logs[1]
+    files = sorted(path.relative_to(wanted) for path in wanted.rglob("*"))
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == files, "files differ"
+    for name in files:
+        if name.suffix == ".safetensors":
+            assert (folder / name).read_bytes() == (wanted / name).read_bytes(), name
+        if name.suffix == ".npz":
+            assert all(map(np.array_equal, np.load(folder / name).values(), np.load(wanted / name).values())), name
+    ours, theirs = ([{**line, "dev": line["dev"] if metrics else None} for line in log_of(run)] for run in (folder, wanted))
+    assert ours == theirs, "logs differ"
+    same = ("test", "dev", "steps", "samples_seen", "tokens_seen", "selections")[0 if metrics else 2 :]
+    assert all(row_of(folder)[key] == row_of(wanted)[key] for key in same), "rows differ"
 
 
 def refused(capsys, arguments, status=2):
@@ -123,49 +117,32 @@ def run(tiny, tmp_path):
 
 
 def test_a_run_leaves_what_the_readme_says(run, capsys):
-    """Its counts, its selections and the line of Python that it prints are right."""
+    """Its counts, its selections and the line of Python that it prints are right. Its row carries no path."""
     folder = run("--keep", 0.3, "--cycle", 2)
-    row, rounds, printed = row_of(folder), rounds_of(folder), capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} == {"config.json", "epochs.jsonl", "model", "result.json", "rounds",
-                                                        ".lock"}  # fmt: skip
-    assert row["epoch_kept"] == [96, 29, 29, 29] and row["samples_seen"] == 96 + 3 * 29 and row["samples_full"] == 384
-    assert row["steps"] == 12 + 3 * 4 and row["selections"] == 2 and row["epoch_dev"][-1] == row["dev"]
+    row, rounds, smooth = row_of(folder), rounds_of(folder), Smoother(0.8, 1.0)
+    names = {"config.json", "epochs.jsonl", "model", "result.json", "rounds"}
+    assert {path.name for path in folder.iterdir()} - {".lock"} == names
+    assert row["epoch_kept"] == [64, 19, 19, 19] and row["samples_seen"] == 64 + 3 * 19 and row["samples_full"] == 256
+    assert row["steps"] == 8 + 3 * 3 and row["selections"] == 2 and row["epoch_dev"][-1] == row["dev"]
     assert list(rounds) == ["epoch-002.npz", "epoch-004.npz"]  # written before these epochs
-    smooth = Smoother(0.8, 1.0)
     for arrays in rounds.values():
         assert np.array_equal(smooth(arrays["scores"]), arrays["importance"])
         assert np.flatnonzero(arrays["keep"]).tolist() == highest(arrays["importance"], 0.3).tolist()
-    model, data = NLUModel.load(folder / "model"), load(row_args(folder)["dataset"], load_tokenizer(folder / "model"))
-    metrics = evaluate(data, data.evaluation["test"], *predictions(model, data.evaluation["test"]))
-    assert metrics == row["test"]
-    exec(re.search(r"from models import NLUModel; .*", printed)[0])
-
-
-def row_args(folder):
-    """Return the flags that config.json holds."""
-    return json.loads((folder / "config.json").read_text())["args"]
-
-
-def test_a_row_carries_no_path_of_the_machine(run):
-    """Model and dataset are local folders here."""
-
-    def strings(value):
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return [value] if isinstance(value, str) else list(chain.from_iterable(map(strings, parts)))
-
-    row = row_of(run("--no-model"))
-    assert row["args"]["dataset"] == "data" and not any(map(os.path.isabs, strings(row)))
+    dataset = json.loads((folder / "config.json").read_text())["args"]["dataset"]
+    model, data = NLUModel.load(folder / "model"), load(dataset, load_tokenizer(folder / "model"))
+    assert evaluate(data, data.evaluation["test"], *predictions(model, data.evaluation["test"])) == row["test"]
+    exec(re.search(r"from models import NLUModel; .*", capsys.readouterr().out)[0])
+    assert row["args"]["dataset"] == "data" and not re.search(r'"(/|[A-Z]:)', json.dumps(row))
 
 
 def test_the_phases_add_up_to_the_wall_time(tiny, tmp_path):
     start = time.perf_counter()
     assert train.main(["--model", tiny, "--epochs", "3", "--full-epochs", "1", "--no-model", "--max-train", "1500",
                        "--out", str(tmp_path)]) == 0  # fmt: skip
-    wall = time.perf_counter() - start
-    seconds = row_of(only_folder(tmp_path))["seconds"]
-    phases = sum(seconds[phase] for phase in ("load", "train", "score", "select", "evaluate", "save"))
-    assert 0.95 * wall < phases <= 1.001 * wall
-    assert seconds["total"] == pytest.approx(seconds["train"] + seconds["score"] + seconds["select"], abs=0.01)
+    wall, seconds = time.perf_counter() - start, row_of(only_folder(tmp_path))["seconds"]
+    total = seconds.pop("total")
+    assert 0.95 * wall < sum(seconds.values()) <= 1.001 * wall
+    assert total == pytest.approx(seconds["train"] + seconds["score"] + seconds["select"], abs=0.01)
 
 
 # ---- what a run trains on
@@ -180,47 +157,44 @@ def test_training_visits_exactly_the_kept_samples(run, monkeypatch):
 
     monkeypatch.setattr(train, "batches", recorded)
     masks = [np.flatnonzero(arrays["keep"]).tolist() for arrays in rounds_of(run("--keep", 0.25)).values()]
-    assert visited == [list(range(96)), *masks]
+    assert visited == [list(range(64)), *masks]
 
 
-@pytest.mark.parametrize("flags", [["--schedule", "linear"], ["--schedule", "constant"],
+@pytest.mark.parametrize("flags", [[], ["--schedule", "constant"],
                                    ["--selection", "static", "--epochs", 1, "--full-epochs", 3]])  # fmt: skip
 def test_the_learning_rate_falls_from_lr_to_0_in_each_training(run, monkeypatch, flags):
-    """A static run with τ > E used to train with a negative rate. Now each training has its own schedule."""
+    """A static run with τ > E used to train with a negative rate. Now each of its trainings has its own schedule."""
     rates, step = [], FlatAdamW.step
     monkeypatch.setattr(FlatAdamW, "step", lambda self, lr: (rates.append(lr), step(self, lr)))
     run(*flags, "--no-model")
-    parts = [np.arange(36) / 36, np.arange(6) / 6] if "static" in flags else [
-        np.concatenate([(epoch + np.arange(n) / n) / 4 for epoch, n in enumerate([12, 6, 6, 6])])]  # fmt: skip
-    wanted = np.concatenate([3e-3 * (1 - part) for part in parts])
-    np.testing.assert_allclose(rates, np.full(30, 3e-3) if "constant" in flags else wanted)
+    done = np.concatenate([(epoch + np.arange(n) / n) / 4 for epoch, n in enumerate([8, 4, 4, 4])])
+    if "static" in flags:
+        done = np.r_[np.arange(24) / 24, np.arange(4) / 4]
+    np.testing.assert_allclose(rates, [3e-3] * 20 if "constant" in flags else 3e-3 * (1 - done))
 
 
 def test_full_data_is_never_scored(run, monkeypatch):
     monkeypatch.setattr(scoring, "score", None)
     row = row_of(run("--method", "full", "--no-model"))
-    assert row["selections"] == 0 and row["samples_seen"] == row["samples_full"] == 384
+    assert row["selections"] == 0 and row["samples_seen"] == row["samples_full"] == 256
 
 
-def test_random_keeps_the_same_number_and_draws_anew(run):
-    masks = [arrays["keep"] for arrays in rounds_of(run("--method", "random", "--keep", 0.25, "--no-model")).values()]
-    assert [mask.sum() for mask in masks] == [24] * 3 and len({mask.tobytes() for mask in masks}) == 3
-
-
-def test_sampling_takes_scores_from_training_steps(run, monkeypatch):
-    """No scoring pass is made, and exactly the samples that were trained on get a new score."""
+@pytest.mark.parametrize("flags", [["--method", "random"], ["--sample"], ["--method", "forgetting"]])
+def test_what_needs_no_scoring_pass_makes_none(run, monkeypatch, flags):
+    """Each selection keeps the same number. With --sample, exactly the samples that were trained on get a new score."""
     monkeypatch.setattr(scoring, "score", None)
-    first, second, third = rounds_of(run("--sample", "--keep", 0.25, "--no-model")).values()
-    assert np.array_equal(first["scores"] != second["scores"], first["keep"])
-    assert np.array_equal(second["scores"] != third["scores"], second["keep"])
-    assert not np.array_equal(first["keep"], second["keep"]) and {first["keep"].sum(), third["keep"].sum()} == {24}
+    rounds = list(rounds_of(run(*flags, "--keep", 0.25, "--no-model")).values())
+    assert [arrays["keep"].sum() for arrays in rounds] == [16] * 3
+    assert len({arrays["keep"].tobytes() for arrays in rounds}) == 3
+    if "--sample" in flags:
+        assert all(np.array_equal(a["scores"] != b["scores"], a["keep"]) for a, b in pairwise(rounds))
 
 
 def test_infobatch_keeps_all_losses_above_the_mean(run):
     folder = run("--method", "infobatch", "--epochs", 8, "--keep", 0.4, "--no-model")
     rounds, sizes = rounds_of(folder), row_of(folder)["epoch_kept"]
     assert list(rounds) == [f"epoch-{epoch:03}.npz" for epoch in range(2, 8)]
-    assert sizes[0] == sizes[-1] == 96 and max(sizes[1:-1]) < 96
+    assert sizes[0] == sizes[-1] == 64 and max(sizes[1:-1]) < 64
     for arrays in rounds.values():
         above = arrays["scores"] >= arrays["scores"].mean(dtype=float)
         assert arrays["keep"][above].all() and 0 < arrays["keep"][~above].mean() < 1
@@ -229,22 +203,16 @@ def test_infobatch_keeps_all_losses_above_the_mean(run):
 def test_the_weights_of_samples_reach_the_gradient(run, monkeypatch):
     """With weights of 0 after the first selection, the gradient is 0 from there on."""
     seen, step = [], FlatAdamW.step
-
-    def watched(optimizer, lr):
-        step(optimizer, lr)
-        seen.append(optimizer.master.grad.count_nonzero().item())
-
-    monkeypatch.setattr(FlatAdamW, "step", watched)
-    monkeypatch.setattr(train, "select", lambda *_: (np.arange(64), np.zeros(96, np.float32)))
+    monkeypatch.setattr(FlatAdamW, "step", lambda self, lr: (step(self, lr), seen.append(bool(self.master.grad.any()))))
+    monkeypatch.setattr(train, "select", lambda *_: (np.arange(32), np.zeros(64, np.float32)))
     run("--epochs", 2, "--no-model")
-    assert min(seen[:12]) > 0 and seen[12:] == [0] * 8
+    assert seen == [True] * 8 + [False] * 4
 
 
 def test_static_selection_trains_from_the_pretrained_weights_again(run, tiny, tokenizer, monkeypatch):
     states, load_state = [], FlatAdamW.load_state_dict
 
     def watched(optimizer, state):
-        states.append(optimizer.master.clone())
         load_state(optimizer, state)
         states.append(optimizer.master.clone())
         assert not optimizer.adam.state[optimizer.master]  # no averages of earlier gradients
@@ -254,9 +222,8 @@ def test_static_selection_trains_from_the_pretrained_weights_again(run, tiny, to
     data = load(str(data_folder(tiny)), tokenizer)
     fresh = build_model(tiny, tokenizer, data, seed=0)
     limit_vocabulary(fresh, data)
-    trained, again = states
-    assert torch.equal(FlatAdamW(fresh, "fp32", 1.0).master, again) and not torch.equal(trained, again)
-    assert list(rounds_of(folder)) == ["epoch-002.npz"] and row_of(folder)["epoch_kept"] == [96] + [48] * 4
+    assert len(states) == 1 and torch.equal(FlatAdamW(fresh, "fp32", 1.0).master, states[0])
+    assert list(rounds_of(folder)) == ["epoch-002.npz"] and row_of(folder)["epoch_kept"] == [64] + [32] * 4
 
 
 # ---- that it repeats
@@ -273,129 +240,91 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(run, precision):
 def test_dev_and_test_do_not_touch_training(run, tiny, tmp_path):
     """With dev and test exchanged, a run has the same weights and masks, and the other one's metrics."""
     shutil.copytree(tiny, tmp_path / "model")
-    first = run(model=tmp_path / "model", out="first")
-    data = data_folder(tmp_path / "model")
+    first, data = run(model=tmp_path / "model", out="first"), data_folder(tmp_path / "model")
     for source, target in (("dev", "x"), ("test", "dev"), ("x", "test")):
         (data / source).rename(data / target)
     second = run(model=tmp_path / "model", out="second")
-    assert_same_training(first, second)
+    assert_same_run(first, second, metrics=False)
     assert row_of(first)["dev"] == row_of(second)["test"] != row_of(first)["test"]
 
 
-TWO = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import train
-sys.exit(max(train.main(command) for command in json.loads(sys.argv[2])))
-"""
+TWO = "import json, sys; sys.path.insert(0, {!r}); import train; sys.exit(max(map(train.main, {})))"
 
 
 def test_two_processes_do_what_one_does(run, tiny, tmp_path):
     """Up to rounding, with a model without dropout, whose random numbers differ between processes."""
-    shutil.copytree(tiny, tmp_path / "still")
-    config = json.loads((tmp_path / "still" / "config.json").read_text())
+    still, methods = shutil.copytree(tiny, tmp_path / "still"), ("el2n", "forgetting")
+    config = json.loads((still / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (tmp_path / "still" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "two.py").write_text(TWO)
-    flags = ["--lr", 5e-4, "--epochs", 3]
-    commands = [small(tmp_path / "still", tmp_path / f"two-{method}", *flags, "--method", method)
-                for method in ("el2n", "forgetting")]  # fmt: skip
+    (still / "config.json").write_text(json.dumps(config))
+    flags = {method: ["--lr", 5e-4, "--epochs", 3, "--method", method] for method in methods}
+    commands = [small(still, tmp_path / f"two-{method}", *flags[method]) for method in methods]
+    (tmp_path / "two.py").write_text(TWO.format(str(ROOT), commands))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, tmp_path / "two.py", ROOT, json.dumps(commands)], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run([*launcher, tmp_path / "two.py"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for method in ("el2n", "forgetting"):
-        two, one = only_folder(tmp_path / f"two-{method}"), run(*flags, "--method", method, model=tmp_path / "still",
-                                                                out=method)  # fmt: skip
-        assert row_of(two)["environment"]["processes"] == 2 and row_of(one)["environment"]["processes"] == 1
-        assert row_of(two)["steps"] == row_of(one)["steps"]
+    for method in methods:
+        two, one = only_folder(tmp_path / f"two-{method}"), run(*flags[method], model=still, out=method)
+        assert [row_of(folder)["environment"]["processes"] for folder in (two, one)] == [2, 1]
         for name, arrays in rounds_of(one).items():
             np.testing.assert_allclose(rounds_of(two)[name]["scores"], arrays["scores"], rtol=1e-3, atol=1e-4)
             assert np.array_equal(rounds_of(two)[name]["keep"], arrays["keep"])
-        for ours, theirs in zip(log_of(two), log_of(one)):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        np.testing.assert_allclose(*([line["loss"] for line in log_of(folder)] for folder in (two, one)), rtol=1e-3)
 
 
-@gpu
-def test_a_gpu_scores_as_a_cpu_does_and_repeats_up_to_rounding(run, tiny, tokenizer, monkeypatch, capsys, tmp_path):
-    """A run on a GPU also goes on after a stop, and stops where the loss is NaN."""
-    data = load("demo", tokenizer)
-    model = build_model(tiny, tokenizer, data, seed=0)
-    on_cpu = scoring.score(model, data.train, "el2n").numpy()
-    on_gpu = scoring.score(model.to("cuda"), data.train.to("cuda"), "el2n").cpu().numpy()
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_a_gpu_scores_as_a_cpu_does(model, demo_data, device):
+    """EL2N within 1e-3, and the same samples are kept, but for ties."""
+    on_cpu = scoring.score(model, demo_data.train, "el2n").numpy()
+    on_gpu = scoring.score(model.to(device), demo_data.train.to(device), "el2n").cpu().numpy()
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-3)
-    border = np.sort(on_cpu)[len(on_cpu) // 2]
-    other = np.setxor1d(highest(on_gpu, 0.5), highest(on_cpu, 0.5))
-    assert (np.abs(on_cpu[other] - border) < 2e-3).all()
-
-    whole, end_epoch = run("--device", "cuda", out="whole"), runs.Run.end_epoch
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "end_epoch", lambda self, *args: end_epoch(self, *args) or stop(self, 2))
-        assert train.main(small(tiny, tmp_path / "stopped", "--device", "cuda")) == 130
-    again = run("--device", "cuda", "--resume", out="stopped")
-    for ours, theirs in zip(log_of(again), log_of(whole), strict=True):
-        assert ours["kept"] == theirs["kept"] and ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
-    assert "loss is nan" in refused(capsys, small(tiny, tmp_path / "nan", "--device", "cuda", "--lr", 1e30))
-
-
-def stop(run, epoch):
-    """Interrupt a run after an epoch."""
-    if len(run.log) == epoch:
-        raise KeyboardInterrupt
+    differing = on_cpu[np.setxor1d(highest(on_gpu, 0.5), highest(on_cpu, 0.5))]
+    np.testing.assert_allclose(differing, np.full(len(differing), np.median(on_cpu)), rtol=0, atol=2e-3)
 
 
 # ---- how it refuses and stops
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    (["--batch-size", 50], "--batch-size"), (["--model", "/nonexistent/model"], "--model"),
-    (["--model", "no-such/model"], "--model"), (["--out", "/proc/nope"], "--out"), (["--out", __file__], "--out"),
-    (["--max-length", 4000], "--max-length"),
+    (["--batch-size", 50], "--batch-size"), (["--batch-size", 99, "--method", "full"], "--batch-size"),
+    (["--model", "/no/model"], "--model"), (["--model", "no-such/model"], "--model"), (["--out", "/proc/x"], "--out"),
+    (["--out", __file__], "--out"), (["--dataset", ROOT / "tests"], "train"),
 ])  # fmt: skip
 def test_input_that_cannot_be_used_is_refused_in_one_line(tiny, tmp_path, flags, word, capsys):
-    """The last one has a sample that is longer than the model takes."""
-    shutil.copytree(data_folder(tiny), tmp_path / "data")
-    for split, lengthened in (("seq.in", "seven " * 200), ("seq.out", "O " * 200), ("label", "GetWeather")):
-        with open(tmp_path / "data" / "train" / split, "a") as file:
-            file.write(lengthened.strip() + "\n")
-    arguments = small(tiny, tmp_path / "runs", "--dataset", tmp_path / "data", *flags)
-    assert word in refused(capsys, arguments)
+    assert word in refused(capsys, small(tiny, tmp_path, *flags))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: …"),
                                    RuntimeError("could not create a primitive"), RuntimeError("std::bad_alloc")])
 def test_running_out_of_memory_says_what_to_lower(tiny, tmp_path, monkeypatch, capsys, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(train, "fine_tune", fail)
+    monkeypatch.setattr(train, "fine_tune", lambda *_: (_ for _ in ()).throw(error))
     assert "--batch-size 8" in refused(capsys, small(tiny, tmp_path))
 
 
-@pytest.mark.parametrize("step", [7, 12, 30])  # within an epoch, at its end, and at the end of all
+@pytest.mark.parametrize("step", [5, 8, 20])  # within an epoch, at its end, and at the end of all
 @pytest.mark.parametrize("what", ["losses", "weights"])
-def test_a_run_stops_where_loss_or_weights_are_not_finite(tiny, tmp_path, monkeypatch, capsys, step, what):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_stops_where_loss_or_weights_are_not_finite(tiny, tmp_path, monkeypatch, capsys, step, what, device):
     """No result and no model is left."""
     calls, losses, update = iter(range(1, 1000)), train.losses, FlatAdamW.step
     if what == "losses":
         monkeypatch.setattr(train, "losses", lambda *both: losses(*both) * (np.inf if next(calls) == step else 1))
     else:
         monkeypatch.setattr(FlatAdamW, "step", lambda self, lr: update(self, np.nan if next(calls) == step else lr))
-    line = refused(capsys, small(tiny, tmp_path))
-    assert re.search(rf"loss is (inf|nan) by step {step + (what == 'weights' and step == 7)} ", line)
+    line = refused(capsys, small(tiny, tmp_path, "--device", device))
+    assert re.search(rf"loss is (inf|nan) .*\(epoch {1 if step < 9 else 4}\)", line)
     assert not list(tmp_path.glob("*/model")) and not list(tmp_path.glob("*/result.json"))
 
 
 def test_a_run_stops_where_scores_are_not_finite(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.Scorer, "__call__", lambda scorer, *_: np.full(96, np.nan))
-    assert "96 of 96 scores" in refused(capsys, small(tiny, tmp_path))
+    monkeypatch.setattr(train.Scorer, "__call__", lambda scorer, *_: np.full(64, np.nan))
+    assert "64 of 64 scores" in refused(capsys, small(tiny, tmp_path))
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "0"}])
 def test_half_an_environment_of_torchrun_is_refused(tiny, tmp_path, monkeypatch, capsys, variables):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert "torchrun" in refused(capsys, small(tiny, tmp_path))
@@ -407,16 +336,14 @@ def test_half_an_environment_of_torchrun_is_refused(tiny, tmp_path, monkeypatch,
 def test_imports_run_one_way_and_none_is_of_unix_alone():
     """distributed ← data ← engine ← encoders ← models ← scoring ← flags ← train. The others know nothing of models."""
     order = ["distributed", "data", "engine", "encoders", "models", "scoring", "flags", "train"]
-    allowed = {name: set(order[:i]) for i, name in enumerate(order)}
+    allowed = {name: set(order[: i + 1]) for i, name in enumerate(order)}
     allowed["train"] |= {"pruning", "metrics", "runs"}
     allowed |= {"pruning": set(), "metrics": set(), "runs": {"distributed", "data"}}
-    files = {path: path.stem for path in ROOT.glob("*.py")} | dict.fromkeys(ROOT.glob("data/*.py"), "data")
-    del files[ROOT / "data" / "__main__.py"]  # a program
+    files = {path: path.stem for path in ROOT.glob("*.py")} | dict.fromkeys(ROOT.glob("data/[a-z]*.py"), "data")
     for path, name in files.items():
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-        tops = {module.split(".")[0] for module in imported}
-        assert not tops & {"fcntl", "resource", "termios", "pwd", "grp"}, path
-        if name in allowed:
-            assert tops & set(files.values()) <= allowed[name] | {name}, path
+        imported = {module.split(".")[0] for module in imported}
+        assert not imported & {"fcntl", "resource", "termios", "pwd", "grp"}, path
+        assert imported & set(files.values()) <= allowed.get(name, set(files.values())), path
