@@ -3,7 +3,7 @@
     python bench.py --dataset snips
 
 The textbook loop shuffles, pads each batch to its longest sample, and uses transformers' model under autocast,
-clip_grad_norm_ and AdamW. It scores in dataset order. Rates are medians over rounds in which all variants take turns.
+clip_grad_norm_ and AdamW. Rates are medians over rounds in which all variants take turns.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -24,111 +25,97 @@ from runs import Clock, environment
 from scoring import el2n
 
 
-def textbook(model, split, args, precision):
-    """Return endless generators that train, or score, a batch at every next() and yield its number of samples."""
+def textbook(model, split, batch_list, precision):
+    """Return {phase: function that does a batch and returns its number of samples} of the textbook loop."""
     model.run_encoder = transformers_forward
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = partial(torch.autocast, split.tokens.device.type, torch.bfloat16, enabled=precision == "bf16")
+    batch_list = cycle(batch_list)
 
-    def training():
-        for indices in fixed_batches(np.random.permutation(len(split)), args.batch_size):
-            model.train()
-            batch = split.batch(indices)
-            with autocast():
-                loss = losses(model(batch), batch).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            yield len(indices)
+    def train():
+        batch = split.batch(next(batch_list))
+        model.train()
+        with autocast():
+            loss = losses(model(batch), batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return len(batch.indices)
 
-    def scoring():
-        for indices in fixed_batches(np.arange(len(split)), args.batch_size):
-            model.eval()
-            batch = split.batch(indices)
-            with torch.no_grad(), autocast():
-                el2n(model(batch), batch)
-            yield len(indices)
+    def score():
+        batch = split.batch(next(batch_list))
+        model.eval()
+        with torch.no_grad(), autocast():
+            el2n(model(batch), batch)
+        return len(batch.indices)
 
-    return endless(training), endless(scoring)
+    return {"training": train, "scoring": score}
 
 
-def engine(model, split, args, precision):
-    """Return the same two generators for this engine."""
+def engine(model, split, batch_list, precision):
+    """Return the same two functions of this engine."""
     optimizer, rng = FlatAdamW(model, precision, clip=1.0), np.random.default_rng(0)
+    batch_list, whole_pass = cycle(batch_list), sorted_batches(split)
 
-    def training():
-        for indices in batches(split.lengths, np.arange(len(split)), args.batch_size, rng):
-            model.train()
-            batch = split.batch(indices)
-            losses(model(batch), batch).mean().backward()
-            optimizer.step(1e-4)
-            yield len(indices)
+    def train():
+        batch = split.batch(next(batch_list))
+        model.train()
+        losses(model(batch), batch).mean().backward()
+        optimizer.step(1e-4)
+        return len(batch.indices)
 
-    def scoring():
-        batch_list = sorted_batches(split)
-        part = [batch_list[i] for i in rng.permutation(len(batch_list))[:64]]  # a whole pass would be a long turn
+    def score():
+        part = [whole_pass[i] for i in rng.permutation(len(whole_pass))[:64]]  # a whole pass would be a long turn
         for batch, outputs in infer(model, split, part):
             el2n(outputs, batch)
-        yield sum(map(len, part))
+        return sum(map(len, part))
 
-    return endless(training), endless(scoring)
-
-
-def fixed_batches(order, size):
-    """Cut an array of indices into batches of at most `size`."""
-    return np.split(order, range(size, len(order), size))
-
-
-def endless(generator):
-    """Start a generator function again and again."""
-    while True:
-        yield from generator()
+    return {"training": train, "scoring": score}
 
 
 def alternate(variants, args):
     """Return samples a second of each variant, {name: median over rounds}. The first round warms up, uncounted.
 
-    variants: {name: (function that chooses the matmul backend, generator)}.
+    variants: {name: (function that chooses the matmul backend, function that does some samples)}.
     """
     rates, now = {name: [] for name in variants}, Clock(args.device).now
-    for counted in [False] + [True] * args.rounds:
+    for _ in range(args.rounds + 1):
         for name, (choose_backend, work) in variants.items():
             choose_backend()
             done, start = 0, now()
             while time.perf_counter() - start < args.seconds:
-                done += next(work)
-            if counted:
-                rates[name].append(done / (now() - start))
-    return {name: statistics.median(values) for name, values in rates.items()}
+                done += work()
+            rates[name].append(done / (now() - start))
+    return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
 def padding(lengths, batch_list):
     """Return the share of computed tokens that are padding."""
-    return 1 - sum(lengths[b].sum() for b in batch_list) / sum(len(b) * lengths[b].max() for b in batch_list)
+    return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batch_list)
 
 
 def measure(args):
     """Return all figures, {name: value}. Rates are samples a second; shares are from 0 to 1."""
-    tokenizer = load_tokenizer(args.model)
+    tokenizer, rng = load_tokenizer(args.model), np.random.default_rng(0)
     data = load(args.dataset, tokenizer, args.data_dir, max_train=args.max_train)
     split = data.train = data.train.to(args.device)
+    everything = np.arange(len(split))
+    plain_batches = np.split(rng.permutation(everything), range(args.batch_size, len(split), args.batch_size))
+    our_batches = batches(split.lengths, everything, args.batch_size, rng)
     variants = {}
     for precision in ["fp32", "bf16"] if has_bf16(args.device) else ["fp32"]:
         models = [build_model(args.model, tokenizer, data, seed=0, precision=precision) for _ in range(2)]
         limit_vocabulary(models[1], data)
-        plain = textbook(models[0].to(args.device), split, args, precision)
-        ours = engine(models[1].to(args.device), split, args, precision)
-        for work, i in (("training", 0), ("scoring", 1)):
-            variants[f"textbook {precision} {work}"] = partial(torch.set_float32_matmul_precision, "highest"), plain[i]
-            variants[f"engine {precision} {work}"] = partial(set_matmul_backend, precision, args.device), ours[i]
-    everything, rng = np.arange(len(split)), np.random.default_rng(0)
-    return {
-        "dataset": args.dataset, "model": Path(args.model).name, "batch_size": args.batch_size,
-        "environment": environment(args.device), "rates": alternate(variants, args), "padding": {
-            "textbook": padding(split.lengths, fixed_batches(rng.permutation(everything), args.batch_size)),
-            "engine": padding(split.lengths, batches(split.lengths, everything, args.batch_size, rng))},
-    }  # fmt: skip
+        plain = textbook(models[0].to(args.device), split, plain_batches, precision)
+        ours = engine(models[1].to(args.device), split, our_batches, precision)
+        for phase in ("training", "scoring"):
+            highest = partial(torch.set_float32_matmul_precision, "highest")
+            variants[f"textbook {precision} {phase}"] = highest, plain[phase]
+            variants[f"engine {precision} {phase}"] = partial(set_matmul_backend, precision, args.device), ours[phase]
+    shares = {"textbook": padding(split.lengths, plain_batches), "engine": padding(split.lengths, our_batches)}
+    return {"dataset": args.dataset, "model": Path(args.model).name, "batch_size": args.batch_size, "padding": shares,
+            "environment": environment(args.device), "rates": alternate(variants, args)}  # fmt: skip
 
 
 def table(result):

@@ -166,9 +166,9 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev at the lowest seed of all. Without such a seed, take the arm of most seeds."""
+    """Return the arm that is best on dev, over the seeds that all have. Without any, take the arm of most seeds."""
     common = set.intersection(*(set(arm.rows) for arm in arms))
-    return max(arms, key=lambda arm: (arm.dev[min(common)] if common else 0, len(arm.rows)))
+    return max(arms, key=lambda arm: (sum(arm.dev[seed] for seed in common), len(arm.rows)))
 
 
 def envelope(points):

@@ -13,9 +13,14 @@ def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def world_size():
+    """Return the number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
 def shard(items):
     """Return the part of a list or array that this process works on: every world-size-th item."""
-    return items[rank() :: distributed.get_world_size()] if distributed.is_initialized() else items
+    return items[rank() :: world_size()]
 
 
 def all_reduce_sum(tensor):
@@ -46,16 +51,19 @@ def process_group(args):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             args.device = "cuda"  # the device that was just set
         distributed.init_process_group("nccl" if on_gpu else "gloo")
-    except (ValueError, KeyError) as error:  # a variable is missing or is not a number
+    except (ValueError, KeyError, RuntimeError) as error:  # a variable is missing, or there are too few GPUs
         raise OSError(f"WORLD_SIZE={world}: the other processes cannot be reached ({str(error).splitlines()[0]}); "
                       "start several processes with torchrun, or unset WORLD_SIZE") from None
-    if rank() == 0:
-        yield
-    else:
-        with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as silence, redirect_stdout(silence):
-            args.out, args.no_model = scratch, True
+    try:
+        if rank() == 0:
             yield
-    distributed.destroy_process_group()
+        else:
+            scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            with scratch as args.out, open(os.devnull, "w") as silence, redirect_stdout(silence):
+                args.no_model = True
+                yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def lost_process(error):

@@ -248,8 +248,11 @@ class FlatAdamW:
             table.add_gradient(self.gradients[table.weight])
         all_reduce_sum(self.master.grad)
         self.adam.param_groups[0]["lr"] = lr
-        # A fused step divides gradients by grad_scale, meant for GradScaler. So clipping takes no pass of its own.
-        self.adam.grad_scale = ((norm(self.master.grad) + 1e-6) / self.clip).clamp(min=1.0)
+        scale = ((norm(self.master.grad) + 1e-6) / self.clip).clamp(min=1.0)
+        if self.master.device.type in ("cpu", "cuda"):
+            self.adam.grad_scale = scale  # a fused step divides gradients by it: clipping takes no pass of its own
+        else:
+            self.master.grad /= scale
         self.adam.step()
         self.copy.copy_(self.master)
 

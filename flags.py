@@ -111,7 +111,7 @@ def parser(description):
     add("--rescore", choices=["all", "none"], help="all scores every sample before a selection, with dropout off; none "
         "takes scores from training steps (default: all; --sample none)", **late)
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
-        "(default: 0.8; 1 for random, forgetting, --sample)", **late)
+        "(default: 0.8; 1 with --sample or forgetting)", **late)
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
         help="c: weight of the deviation over selections (default: 1; 0 where α = 1)", **late)
 

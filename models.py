@@ -76,7 +76,7 @@ class NLUModel(nn.Module):
     def save(self, folder):
         """Write encoder and tokenizer in Hugging Face's layout, and our heads. The folder works as --model.
 
-        Call this after training: it undoes `limit_vocabulary`. ModelError where the folder cannot be written.
+        Call this after training: it undoes `limit_vocabulary`. OSError where the folder cannot be written.
         """
         restore_vocabulary(self)
         heads = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
@@ -87,7 +87,7 @@ class NLUModel(nn.Module):
             names = {"labels": self.labels, "tags": self.tags, "pairs": self.pairs}
             Path(folder, "labels.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
         except Exception as error:  # safetensors raises errors that are no OSError
-            raise ModelError(f"{folder}: the model could not be written ({one_line(error)})") from None
+            raise OSError(f"{folder}: the model could not be written ({one_line(error)})") from None
 
     @classmethod
     def load(cls, folder):

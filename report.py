@@ -190,12 +190,12 @@ def likely_errors(folder, rounds, count):
     try:
         args = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
         dataset, source, limit = str(args["dataset"]), args["data_dir"], int(args["max_train"] or 0)
-        samples = data.read(dataset, source)["train"]
+        samples, method = data.read(dataset, source and str(source))["train"], args["method"]
     except data.DataError as error:
         raise ReportError(error) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ReportError(f"{folder}/config.json: damaged ({clean(error)}); take the folder of another run") from None
-    if args["method"] == "random":
+    if method == "random":
         raise ReportError(f"{folder}: random scores say nothing about labels; take a run of another method")
     if limit:
         samples = data.subset(samples, limit)

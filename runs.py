@@ -40,7 +40,9 @@ class Clock:
 
     def now(self):
         """Return the time in seconds, once the device has done its work."""
-        if self.device.type != "cpu":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
 
@@ -74,23 +76,29 @@ class Run:
         except filelock.Timeout:
             raise RunError(f"{self.folder}: another process works on this run; wait for its end") from None
         except OSError as error:
-            raise OSError(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
+            raise RunError(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
         self.finished = broadcast(self.result.exists())
         if self.finished and not (args.no_model or (self.folder / "model").exists()):
             raise RunError(f"{self.folder}: finished without saving its model; remove this folder to train again")
         if not args.resume and (self.finished or self.checkpoint.exists()):
             state = "a finished run" if self.finished else "an unfinished run (--resume goes on with it)"
             raise RunError(f"{self.folder}: holds {state} of this command; remove the folder to start again")
+        if self.finished:
+            self.checkpoint.unlink(missing_ok=True)  # the run was killed just before it would have done so
 
-    def begin(self, data, epochs):
+    def begin(self, data, weights, epochs):
         """Write config.json and return the state that a checkpoint holds, or None. RunError for a wrong checkpoint.
 
-        epochs: how many there are in all.
+        weights: all of them before training, (W,). epochs: how many there are in all.
         """
         self.data, self.epochs = data, epochs
-        arrays = (data.train.tokens, data.train.offsets, data.train.labels, data.train.tags)
-        bits = b"".join(array.cpu().numpy().tobytes() for array in arrays if array is not None)
-        self.digest, here = hashlib.sha256(bits).hexdigest(), environment(self.args.device)
+        digest, here = hashlib.sha256(), environment(self.args.device)
+        for split in data.splits.values():
+            for array in (split.tokens, split.types, split.offsets, split.labels, split.tags):
+                digest.update(b"" if array is None else array.cpu().numpy())
+        self.data_digest = digest.hexdigest()[:6]
+        digest.update(weights.cpu().numpy())
+        self.digest = digest.hexdigest()
         state = broadcast(self.load_checkpoint() if self.checkpoint.exists() else None)
         sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
         print(f"{self.args.dataset}: {sizes} samples, {data.n_labels} labels, {data.n_tags} tags; "
@@ -100,7 +108,7 @@ class Run:
             for phase, seconds in state["seconds"].items():
                 self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds
             print(f"resumes after epoch {len(self.log)} of {epochs}", flush=True)
-            if changed := [name for name in here if here[name] != state["environment"][name]]:
+            if changed := [name for name in here if here[name] != state["environment"].get(name)]:
                 print(f"warning: the environment has changed ({', '.join(changed)}); the result may differ from an "
                       "uninterrupted run", file=sys.stderr)
         with written(self.folder / "config.json") as part:
@@ -118,8 +126,7 @@ class Run:
         except Exception:  # whatever foreign bytes raise
             same = False
         if not same:
-            raise RunError(f"{self.checkpoint}: damaged, or made from other train samples; remove this file to start "
-                           "again")
+            raise RunError(f"{self.checkpoint}: damaged, or of other data or another model; remove it to start again")
         return state
 
     def progress(self, batch_list, kept):
@@ -192,8 +199,10 @@ class Run:
         log, n, seconds = self.log, len(self.data.train), self.clock.seconds
         flags = {name: value for name, value in vars(self.args).items()
                  if name not in NOT_SETTINGS - {"seed"} and value is not None}  # fmt: skip
-        for name in ("dataset", "model"):  # a local folder by its last part: rows carry no paths
-            flags[name] = Path(flags[name]).name if os.path.isdir(flags[name]) else flags[name]
+        if os.path.isdir(self.args.model):  # rows carry no paths
+            flags["model"] = Path(self.args.model).name
+        if os.path.isdir(self.args.dataset):
+            flags["dataset"] = f"{Path(self.args.dataset).name}-{self.data_digest}"
         full = [line["seconds"]["train"] for line in log if line["kept"] == n]
         total = sum(seconds.get(phase, 0.0) for phase in ("train", "score", "select"))
         return {
@@ -219,8 +228,8 @@ def written(path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}; make room on the disk, or name another --out") from None
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}; make room on the disk") from None
     finally:
         part.unlink(missing_ok=True)
 

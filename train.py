@@ -21,7 +21,7 @@ import torch
 
 import flags
 from data import DataError, ModelError, batches, load, load_tokenizer, one_line
-from distributed import lost_process, process_group, rank, shard
+from distributed import lost_process, process_group, rank, shard, world_size
 from engine import FlatAdamW, limit_vocabulary, set_matmul_backend
 from metrics import evaluate
 from models import build_model, losses, predictions
@@ -96,8 +96,9 @@ def main(argv=None, start=None):
 
     Returns the exit status: 0 done, 2 bad input or a run that cannot go on, 130 interrupted, 143 terminated.
     """
-    args, status, hint = flags.parse(argv, __doc__), 2, ""
+    args, status, hint = None, 2, ""
     try:
+        args = flags.parse(argv, __doc__)
         with process_group(args):
             fine_tune(args, Clock(args.device), start)
         return 0
@@ -134,10 +135,7 @@ def fine_tune(args, clock, start):
             return
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)
-        size = kept_size(len(data.train), args.keep or 1)
-        if size < args.batch_size and args.method != "infobatch":
-            raise RunError(f"--keep {args.keep:g} of {len(data.train)} train samples is {size}, less than one batch of "
-                           f"{args.batch_size}; raise --keep or lower --batch-size")
+        check_sizes(args, data.train.labels.numpy())
         model = build_model(args.model, tokenizer, data, args.seed, args.precision)
         limit_vocabulary(model, data)
         set_matmul_backend(args.precision, args.device)
@@ -145,13 +143,27 @@ def fine_tune(args, clock, start):
         data.to(args.device)
         optimizer = FlatAdamW(model, args.precision, args.clip)
         plan = Plan(args.epochs, args.full_epochs, args.cycle, args.full_end, args.selection == "static")
-        state = run.begin(data, plan.total)
+        state = run.begin(data, optimizer.master, plan.total)
 
     train(model, optimizer, data, plan, args, run, state)
     with clock("evaluate"):
         metrics = {name: evaluate(data, split, *predictions(model, split)) for name, split in data.evaluation.items()}
     row = run.finish(metrics, model)
-    print("\n" + summary(row, run))
+    if rank() == 0:  # the others have no folder to sum up
+        print("\n" + summary(row, run))
+
+
+def check_sizes(args, labels):
+    """Raise RunError where a selection would be too small. labels: (N,) int, of the train samples."""
+    size, floor = kept_size(len(labels), args.keep or 1), args.class_floor or 0
+    if args.batch_size < 2 * world_size() > 2:
+        raise RunError(f"--batch-size {args.batch_size}: {world_size()} processes need at least {2 * world_size()}")
+    if size < args.batch_size and args.method not in ("full", "infobatch"):
+        raise RunError(f"--keep {args.keep:g} of {len(labels)} train samples is {size}, less than one batch of "
+                       f"{args.batch_size}; raise --keep or lower --batch-size")
+    if (needed := np.minimum(np.bincount(labels), floor).sum()) > size:
+        raise RunError(f"--class-floor {floor} needs {needed} samples, but --keep {args.keep:g} keeps {size}; lower "
+                       "the one or raise the other")
 
 
 def terminated(number, _):

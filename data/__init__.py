@@ -143,7 +143,7 @@ def read(name, folder=None):
     if "dev" not in splits:
         n = len(splits["train"])
         splits["train"], splits["dev"] = hold_out(splits["train"], share=0.1)
-        expect(len(splits["dev"]), path, "no dev split, and train has only one text to take it from; add samples")
+        expect(len(splits["dev"]), path, "no dev split, and a single train sample cannot be divided; add samples")
         print(f"{name}: no dev split; {len(splits['dev'])} of its {n} train samples are held out for it")
     return {split: splits[split] for split in ("train", "dev", "dev_mismatched", "test") if split in splits}
 

@@ -31,7 +31,7 @@ def read_own(folder):
 def has_tags(folder):
     """Return whether a user's folder has words and tags. Its train split shows it, by its name or first line."""
     path = Path(folder) / "train.jsonl"
-    return (Path(folder) / "train").is_dir() or (path.is_file() and b'"words"' in path.read_bytes().partition(b"\n")[0])
+    return (Path(folder) / "train").is_dir() or (path.is_file() and "words" in read_objects(path)[0][1])
 
 
 def read_file(path):

@@ -54,7 +54,8 @@ def read_csv(path):
     rows, first = [], 1
     try:
         for cells in reader:
-            rows.append((f"{path}:{first}", cells))
+            if cells:  # a blank line is no row
+                rows.append((f"{path}:{first}", cells))
             first = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{first}: {error}, in the row that begins here; put a cell with quotes in quotes as a "

@@ -4,18 +4,18 @@
     python tests/stress.py --short    a little of everything, as in CI
 
 Prints a table. Exit status 1: something was lost. Runs are forked from this process, which has done the slow imports.
-They have one thread each, a tiny model and real code.
 """
 
 import argparse
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # threads do not survive a fork
@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import numpy as np
 import torch
 from conftest import tiny_bert
-from test_train import assert_same_run, only_folder, small
+from test_train import assert_same_run, free_port, only_folder, small
 
 import train
 
@@ -38,10 +38,12 @@ class Lab:
         self.scratch, self.short, self.rng, self.count = Path(scratch), short, np.random.default_rng(0), 0
         self.model = self.scratch / "tiny"
         self.model.mkdir()
-        assert self.wait(self.start(lambda: tiny_bert(self.model) and 0))[0] == 0
-        small(self.model, "")  # writes the data, which a child could not keep
+        building = multiprocessing.get_context("fork").Process(target=tiny_bert, args=[self.model])
+        building.start()  # in a child, as it starts threads
+        building.join()
         out, begun = self.out(), time.perf_counter()
-        assert self.wait(self.run(out))[0] == 0
+        small(self.model, out)  # writes the data, which a child could not remember
+        assert self.wait(self.run(out)) == 0
         self.reference, self.seconds = only_folder(out), time.perf_counter() - begun
 
     def times(self, few, many):
@@ -53,79 +55,68 @@ class Lab:
         self.count += 1
         return self.scratch / f"out-{self.count}"
 
-    def start(self, function, **environment):
-        """Fork a child that calls function() and exits with what it returns. Returns its process id."""
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 99  # a traceback
-        try:
+    def run(self, out, *flags, before=lambda: None, **environment):
+        """Fork a small run. before: called in the child first. Returns the child, a Process."""
+
+        def child():
             log = os.open(self.scratch / f"log-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+            for stream in (1, 2):
+                os.dup2(log, stream)
             os.environ.update(environment)
             torch.set_num_threads(1)
             signal.signal(signal.SIGTERM, train.terminated)
-            status = function()
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            before()
+            sys.exit(train.main(small(self.model, out, *flags)))
 
-    def run(self, out, *flags, before=lambda: None, **environment):
-        """Fork a small run. before: called in the child first. Returns its process id."""
-        return self.start(lambda: before() or train.main(small(self.model, out, *flags)), **environment)
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        return process
 
-    def wait(self, pid):
-        """Return a child's exit status, or minus the signal that killed it, and its lines that begin with train.py."""
+    def wait(self, process):
+        """Wait for a child. Returns its exit status, or minus the signal that killed it.
+
+        A child with status 2, 130 or 143 must print one line, another child none, and no child a traceback.
+        """
+        process.join(TIMEOUT)
+        assert process.exitcode is not None, f"a run hangs: {TIMEOUT} s and no end"
+        log = (self.scratch / f"log-{process.pid}").read_text()
+        lines = sum(line.startswith("train.py:") for line in log.splitlines())
+        assert "Traceback" not in log and lines == (process.exitcode in (2, 130, 143)), log
+        return process.exitcode
+
+    def kill(self, process, number=signal.SIGKILL):
+        """Send a signal to a child. Returns what `wait` does."""
+        os.kill(process.pid, number)
+        return self.wait(process)
+
+    def await_checkpoint(self, out):
+        """Wait until a run has saved a checkpoint."""
         ends = time.monotonic() + TIMEOUT
-        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-            if time.monotonic() > ends:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise AssertionError(f"a run hangs: {TIMEOUT} s and no end")
-            time.sleep(0.005)
-        lines = (self.scratch / f"log-{pid}").read_text().splitlines()
-        assert not any("Traceback" in line for line in lines), "\n".join(lines)
-        return os.waitstatus_to_exitcode(ended[1]), [line for line in lines if line.startswith("train.py:")]
-
-    def begin(self, out):
-        """Fork a small run, and wait until it has saved a checkpoint. Returns its process id."""
-        pid, ends = self.run(out), time.monotonic() + TIMEOUT
         while not list(out.glob("*/checkpoint.pt")):
             assert time.monotonic() < ends, "no checkpoint appeared"
             time.sleep(0.002)
-        return pid
-
-    def kill(self, pid, number=signal.SIGKILL):
-        """Send a signal to a child. Returns what `wait` does."""
-        os.kill(pid, number)
-        return self.wait(pid)
 
     def assert_goes_on(self, out):
         """Resume a run. It must end as the run that nothing happened to."""
-        status, errors = self.wait(self.run(out, "--resume"))
-        assert status == 0, errors
+        assert self.wait(self.run(out, "--resume")) == 0
         assert_same_run(only_folder(out), self.reference)
         shutil.rmtree(out)
 
 
-def kill_9(lab):
-    """kill -9 at a random moment, also while resuming"""
-    times = lab.times(4, 40)
+def signals(lab):
+    """kill -9, SIGTERM or Ctrl-C at a random moment, also while resuming"""
+    times = lab.times(6, 60)
     for i in range(times):
-        out = lab.out()
+        out, number = lab.out(), (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3]
         for flags in [(), ("--resume",)][: 1 + i % 2]:
-            pid = lab.run(out, *flags)
-            time.sleep(lab.rng.random() * lab.seconds)
-            lab.kill(pid)
+            process = lab.run(out, *flags)
+            time.sleep(0.1 + lab.rng.random() * lab.seconds)
+            assert lab.kill(process, number) in (0, -9, 128 + number)  # 0: it had just ended
         lab.assert_goes_on(out)
     return times
 
 
-def kill_9_before_each_change(lab):
+def kill_before_each_change(lab):
     """kill -9 just before the n-th change to a file, for every n (short: every tenth)"""
     changes, step = {"os.rename", "os.mkdir", "os.remove", "os.truncate", "os.rmdir"}, lab.times(10, 1)
 
@@ -142,26 +133,11 @@ def kill_9_before_each_change(lab):
 
         sys.addaudithook(hook)
 
-    for n in range(1, 10**6, step):
-        out = lab.out()
-        status, errors = lab.wait(lab.run(out, before=lambda n=n, out=out: die_before(n, out)))
-        if status == 0:
-            return n // step
-        assert status == -signal.SIGKILL, errors
+    number, out = 1, lab.out()
+    while lab.wait(lab.run(out, before=partial(die_before, number, out))) == -9:
         lab.assert_goes_on(out)
-
-
-def interrupt(lab):
-    """SIGTERM or Ctrl-C at a random moment"""
-    times = lab.times(2, 20)
-    for number in (signal.SIGINT, signal.SIGTERM) * (times // 2):
-        out = lab.out()
-        pid = lab.run(out)
-        time.sleep(0.1 + lab.rng.random() * lab.seconds * 0.8)
-        status, errors = lab.kill(pid, number)
-        assert status in (0, 128 + number) and len(errors) == (status > 0), (status, errors)  # 0: it had just ended
-        lab.assert_goes_on(out)
-    return times
+        number, out = number + step, lab.out()
+    return number // step
 
 
 def full_disk(lab):
@@ -174,33 +150,28 @@ def full_disk(lab):
 
     for size in np.geomspace(6000, 4 * largest, times).astype(int).tolist():  # a log of messages is smaller
         out = lab.out()
-        status, errors = lab.wait(lab.run(out, before=lambda size=size: limit(size)))
-        assert status in (0, 2) and len(errors) == (status > 0), (size, status, errors)
-        assert not list(out.rglob("*part-*")), "a part of a file was left"
+        assert lab.wait(lab.run(out, before=partial(limit, size))) in (0, 2)
+        assert not list(out.rglob("part-*")), "a part of a file was left"
         lab.assert_goes_on(out)
     return times
 
 
 def damage(lab):
-    """Checkpoint cut off or with a bit flipped: refused, or the same result. Log and config.json emptied: no matter"""
+    """Checkpoint cut off, or with a bit flipped: refused, or the same result. Log and config.json emptied"""
     times, out = lab.times(4, 60), lab.out()
-    lab.kill(lab.begin(out))
+    process = lab.run(out)
+    lab.await_checkpoint(out)
+    lab.kill(process)
     whole = (only_folder(out) / "checkpoint.pt").read_bytes()
     for i in range(times):
         copy, damaged = lab.out(), bytearray(whole)
-        shutil.copytree(out, copy)
-        folder = only_folder(copy)
+        folder = only_folder(shutil.copytree(out, copy))
         for name in ("config.json", "epochs.jsonl"):
             (folder / name).write_bytes(b"")
-        if i % 2:
-            del damaged[int(lab.rng.integers(len(whole))) :]
-        else:
-            damaged[int(lab.rng.integers(len(whole)))] ^= 1 << int(lab.rng.integers(8))
-        (folder / "checkpoint.pt").write_bytes(damaged)
-        status, errors = lab.wait(lab.run(copy, "--resume"))
-        if status:
-            assert (status, len(errors)) == (2, 1), errors
-            assert (folder / "checkpoint.pt").read_bytes() == damaged, "a damaged checkpoint was changed"
+        place = int(lab.rng.integers(len(whole)))
+        damaged[place] ^= 1 << int(lab.rng.integers(8))
+        (folder / "checkpoint.pt").write_bytes(damaged if i % 2 else whole[:place])
+        if lab.wait(lab.run(copy, "--resume")):
             (folder / "checkpoint.pt").write_bytes(whole)
         lab.assert_goes_on(copy)
     return times
@@ -208,65 +179,52 @@ def damage(lab):
 
 def two_at_once(lab):
     """The same run started again while it goes on: refused"""
-    times = lab.times(1, 5)
-    for _ in range(times):
-        out = lab.out()
-        first = lab.begin(out)
-        os.kill(first, signal.SIGSTOP)
-        status, errors = lab.wait(lab.run(out, "--resume"))
-        assert (status, len(errors)) == (2, 1), errors
-        assert lab.kill(first, signal.SIGCONT)[0] == 0
-        lab.assert_goes_on(out)
-    return times
+    out = lab.out()
+    first = lab.run(out)
+    lab.await_checkpoint(out)
+    os.kill(first.pid, signal.SIGSTOP)
+    assert lab.wait(lab.run(out, "--resume")) == 2
+    assert lab.kill(first, signal.SIGCONT) == 0
+    lab.assert_goes_on(out)
+    return 1
 
 
 def dying_process(lab):
     """One of two processes killed: the other one ends, and both go on"""
 
     def pair(out, *flags):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         return [lab.run(out, *flags, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port,
                         MASTER_ADDR="localhost") for rank in "01"]  # fmt: skip
 
     whole, times = lab.out(), lab.times(2, 10)
-    assert [lab.wait(pid)[0] for pid in pair(whole)] == [0, 0]
+    assert list(map(lab.wait, pair(whole))) == [0, 0]
     for i in range(times):
         out = lab.out()
-        pids = pair(out)
-        while not list(out.glob("*/checkpoint.pt")):
-            time.sleep(0.002)
-        lab.kill(pids[i % 2])
-        status, errors = lab.wait(pids[1 - i % 2])
-        assert (status, len(errors)) == (2, 1), errors
-        assert [lab.wait(pid)[0] for pid in pair(out, "--resume")] == [0, 0]
+        processes = pair(out)
+        lab.await_checkpoint(out)
+        assert lab.kill(processes[i % 2]) == -9 and lab.wait(processes[1 - i % 2]) == 2
+        assert list(map(lab.wait, pair(out, "--resume"))) == [0, 0]
         assert_same_run(only_folder(out), only_folder(whole))
     return times
 
 
-FAULTS = (kill_9, kill_9_before_each_change, interrupt, full_disk, damage, two_at_once, dying_process)
-
-
 def main():
-    """Inject all faults, or those named. Returns the exit status."""
+    """Inject all faults. Returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--short", action="store_true", help="a little of everything")
-    p.add_argument("--only", nargs="+", choices=[fault.__name__ for fault in FAULTS], help="these faults only")
-    args, lost = p.parse_args(), 0
+    args, status = p.parse_args(), 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         lab = Lab(scratch, args.short)
-        for fault in FAULTS:
-            if args.only and fault.__name__ not in args.only:
-                continue
+        for fault in (signals, kill_before_each_change, full_disk, damage, two_at_once, dying_process):
             begun = time.perf_counter()
             try:
-                outcome = f"{fault(lab)} times, nothing lost"
+                outcome = f"{fault(lab):>3} times, nothing lost"
             except AssertionError as error:
-                outcome, lost = f"LOST: {error}", 1
-            print(f"{fault.__doc__}:  {outcome}  ({time.perf_counter() - begun:.0f} s)", flush=True)
-    return lost
+                outcome, status = f"LOST: {str(error)[-400:]}", 1
+            print(f"{fault.__name__:<24} {outcome}, {time.perf_counter() - begun:.0f} s. {fault.__doc__}", flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
         "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
 KINDS = {
-    "bert": {}, "roberta": {}, "xlm-roberta": {}, "mpnet": {}, "ibert": {}, "electra": {"embedding_size": 16},
-    "albert": {"embedding_size": 16}, "convbert": {"embedding_size": 16}, "deberta-v2": {"relative_attention": True},
-    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}, "longformer": {"attention_window": 16},
+    "bert": {}, "roberta": {"type_vocab_size": 1}, "xlm-roberta": {}, "mpnet": {}, "ibert": {},
+    "electra": {"embedding_size": 16}, "albert": {"embedding_size": 16}, "convbert": {"embedding_size": 16},
+    "longformer": {"attention_window": 16}, "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64,
                "num_hidden_layers": None, "architectures": ["FunnelModel"]},
     "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 32, "num_feedforward_networks": 1},
-    "modernbert": {"global_attn_every_n_layers": 2}, "fnet": {"type_vocab_size": 4},
+    "deberta-v2": {"relative_attention": True}, "modernbert": {"global_attn_every_n_layers": 2}, "fnet": {},
 }  # fmt: skip
 TEXTS = ["wake me up at seven", "play some jazz", "play jazz", "wake me"] * 4
 TASKS = {
@@ -131,23 +131,21 @@ def test_an_encoder_that_cannot_work_is_refused_in_one_line(build, tiny, kind, f
     assert "\n" not in str(caught.value) and f"--model {folder}" in str(caught.value)
 
 
-def test_an_encoder_with_weights_missing_is_refused(tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
+def test_an_encoder_with_weights_missing_is_refused(build, tmp_path):
+    folder = shutil.copytree(build("bert"), tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"layer\.1\.output\.dense\.weight"):
-        load_encoder(str(tmp_path))
+        load_encoder(str(folder))
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-model"}', "[]"])
-def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, content):
-    if content is not None:
+@pytest.mark.parametrize("load", [load_tokenizer, load_encoder, NLUModel.load])
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, load):
+    for content in ("{", '{"model_type": "no-such-model"}', "[]"):
         (tmp_path / "config.json").write_text(content)
-    for load in (load_tokenizer, load_encoder, NLUModel.load):
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError, match=r"^[^\n]*$"):
             load(str(tmp_path))
-        assert "\n" not in str(caught.value)
 
 
 def test_the_embedded_default_model_is_the_hubs():

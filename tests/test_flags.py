@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_train import data_folder, log_of, only_folder, refused, rounds_of
 
@@ -62,6 +62,7 @@ VALUES = {"--epochs": COUNT, "--full-epochs": st.integers(0, 12).map(str), "--fu
           "--schedule": st.sampled_from(["linear", "constant"])}  # fmt: skip
 
 
+@settings(max_examples=50)
 @given(st.sampled_from(METHODS), st.fixed_dictionaries({}, optional=VALUES), st.integers(1, 5))
 def test_the_learning_rate_stays_within_0_and_lr(method, given_flags, steps):
     """In each training it begins at lr and, unless it is constant, falls with every step."""
@@ -95,8 +96,9 @@ def loaded(tiny, tokenizer):
 
 
 @pytest.fixture
-def quick(tiny, tmp_path, monkeypatch, one_thread, loaded):
+def quick(tiny, tokenizer, tmp_path, monkeypatch, one_thread, loaded):
     """quick(line) → what a run of a few steps does, as a comparable value, or None where its flags are refused."""
+    monkeypatch.setattr(train, "load_tokenizer", lambda _: tokenizer)
     monkeypatch.setattr(train, "load", lambda *_: replace(loaded[0]))
     monkeypatch.setattr(train, "build_model", lambda *_: copy.deepcopy(loaded[1]))
     monkeypatch.setattr(runs, "environment", lambda _: {})
@@ -105,7 +107,8 @@ def quick(tiny, tmp_path, monkeypatch, one_thread, loaded):
         out = tmp_path / line.replace(" ", "")
         try:
             assert train.main(["--model", tiny, "--dataset", str(data_folder(tiny)), "--epochs", "5", "--batch-size",
-                               "10", "--no-model", "--out", str(out), "--method", *line.split()]) == 0  # fmt: skip
+                               "10", "--no-model", "--save-every", "9", "--out", str(out), "--method",
+                               *line.split()]) == 0  # fmt: skip
         except SystemExit as refusal:
             assert refusal.code == 2
             return None

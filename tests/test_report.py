@@ -94,9 +94,9 @@ def test_equal_time_never_falls_and_is_not_extrapolated():
     assert task.to_equal_time(arm) == [] and task.to_full(arm) == [0]
 
 
-def test_full_data_has_the_learning_rate_that_is_best_on_dev_at_the_lowest_common_seed():
+def test_full_data_has_the_learning_rate_that_is_best_on_dev_over_common_seeds():
     good, bad = full(5, [85, 85], lr=4e-4), full(5, [89, 89])
-    for one, dev in zip([*good, *bad], (60, 10, 50, 90)):  # seed 0, 1 of the first, then of the second
+    for one, dev in zip([*good, *bad], (50, 90, 60, 10)):  # seed 0, 1 of the first, then of the second
         one["dev"]["frame_acc"] = dev
     task, _ = only([*full(10, [90, 90]), *good, *bad, row()])
     assert [arm.args["lr"] for arm in task.baselines] == [1e-4, 4e-4]

@@ -34,7 +34,7 @@ def slow_el2n(logits, label, tag_logits=(), tags=()):
     return np.linalg.norm(np.concatenate(errors))
 
 
-@pytest.mark.parametrize("scale", [0.1, 3, 30, 300])
+@pytest.mark.parametrize("scale", [0.1, 3, 300, 1e9])
 def test_el2n_agrees_with_one_sample_at_a_time(rng, scale):
     logits, tag_logits = (torch.tensor(rng.normal(size=size) * scale).float() for size in ((50, 7), (50, 12, 40)))
     labels, tags = rng.integers(7, size=50), rng.integers(40, size=(50, 12))
@@ -51,8 +51,6 @@ def test_el2n_of_special_cases():
     """With one class nothing can be wrong. Equal logits are a tie. A score that is not finite is refused."""
     assert el2n((torch.tensor([[3.0], [-7.0]]), None), batch_of([0, 0])).tolist() == [0, 0]
     assert len(set(el2n((torch.zeros(9, 4), None), batch_of([0, 1, 2, 3] * 2 + [0])).tolist())) == 1
-    large = el2n((torch.tensor([[1e9, 0.0], [-1e9, 0.0]]), None), batch_of([0, 0]))
-    assert large.tolist() == pytest.approx([0, 2**0.5])
     for bad in (torch.nan, torch.inf):
         with pytest.raises(SelectionError):
             highest(el2n((torch.tensor([[bad, 0.0], [1.0, 0.0]]), None), batch_of([1, 1])).numpy(), 0.5)
