@@ -8,7 +8,7 @@ import torch
 
 from data import DATASETS, DEFAULT_MODEL, default_folder, find
 from engine import has_bf16
-from scoring import METHODS
+from scoring import METHODS, SCORES
 
 # The pruning flags that have an effect with each method. Every other one is refused.
 RANKED = {"keep", "full_epochs", "cycle", "full_end", "selection", "ema", "std_weight", "offset", "stratify",
@@ -16,8 +16,7 @@ RANKED = {"keep", "full_epochs", "cycle", "full_end", "selection", "ema", "std_w
 USES = {
     "full": set(),
     "random": {"keep", "full_epochs", "cycle", "full_end", "selection", "class_floor"},
-    "el2n": RANKED | {"rescore", "sample"},
-    "loss": RANKED | {"rescore", "sample"},
+    **dict.fromkeys(SCORES, RANKED | {"rescore", "sample"}),
     "forgetting": RANKED,
     "grand": RANKED,
     "infobatch": {"keep", "full_epochs", "cycle", "full_end"},
