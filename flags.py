@@ -149,10 +149,13 @@ def parse(argv, description):
     for flag, value in defaults(args, given).items():
         setattr(args, flag, value)
 
-    pruned = args.epochs - args.full_end - args.full_epochs * (args.selection == "dynamic")
+    static = args.selection == "static"
+    pruned = args.epochs - args.full_end - args.full_epochs * (not static)
+    once = static or pruned <= args.cycle
     without_effect = [
         *((flag, f"--method {args.method}") for flag in sorted(given.keys() - USES[args.method])),
-        *((flag, "--selection static") for flag in ("cycle", "ema", "std_weight") if args.selection == "static"),
+        *((flag, "a single selection") for flag in ("ema", "std_weight") if once),
+        *((flag, "a single pruned epoch, or a static selection") for flag in ["cycle"] if static or pruned == 1),
         *((flag, "--sample") for flag in ("offset", "stratify") if args.sample),
         *((flag, "--ema 1, which averages nothing") for flag in ["std_weight"] if args.ema == 1),
     ]
