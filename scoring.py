@@ -95,17 +95,18 @@ def score(model, split, method, tokens=None):
     return all_reduce_sum(scores)
 
 
-class Scorer:
-    """The newest score of every sample of a split, (N,) fp32.
+class Scorer(torch.nn.Module):
+    """The newest score of every sample of a split, (N,) fp32. It is a module so that its buffers can be saved.
 
     rescore: "all" makes a scoring pass when scores are asked for. "none" takes each score from the sample's last
     training step: it costs next to nothing, but dropout was on and the model was younger.
     """
 
     def __init__(self, split, method, rescore):
+        super().__init__()
         self.split, self.method, self.records = split, method, rescore == "none"
-        self.scores = torch.full((len(split),), UNSEEN, device=split.tokens.device)
-        self.correct = torch.zeros_like(self.scores)  # forgetting: 1 where the last training step was correct
+        self.register_buffer("scores", torch.full((len(split),), UNSEEN, device=split.tokens.device))
+        self.register_buffer("correct", torch.zeros_like(self.scores))  # forgetting: 1 if right at the last step
         self.recorded = torch.zeros_like(self.scores)  # 1 where this process has a score that others lack
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class Scorer:
             values.copy_(torch.where(anywhere, all_reduce_sum(values * self.recorded), values))
         self.recorded.zero_()
 
-    def __call__(self, model, rng):
+    def forward(self, model, rng):
         """Return the scores, (N,) float32 in dataset order. rng: a numpy generator, for random scores and for ties."""
         n = len(self.split)
         if self.method == "random":
@@ -149,12 +150,3 @@ class Scorer:
             most = scores[scores < UNSEEN].max(initial=0)
             scores = scores.clip(max=most + 1) + rng.random(n, dtype=np.float32) / 2
         return scores
-
-    def state_dict(self):
-        """Return the tensors that the next epoch depends on."""
-        return {"scores": self.scores, "correct": self.correct}
-
-    def load_state_dict(self, state):
-        """Go on from what `state_dict` returned."""
-        self.scores.copy_(state["scores"])
-        self.correct.copy_(state["correct"])
