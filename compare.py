@@ -78,7 +78,8 @@ def completed(row):
 def method_name(args):
     """Return a method and how it selects, in words."""
     words = ["static"] if args.get("selection") == "static" else []
-    words += [word for flag, word in (("stratify", "stratified"), ("sample", "sampled")) if args.get(flag)]
+    known = {"stratify": "stratified", "sample": "sampled"}
+    words += [known.get(flag, flag.replace("_", "-")) for flag, value in args.items() if value is True]
     if not words and args["method"] not in NO_EFFECT:
         words = ["highest"]
     return " ".join([*words, METHODS.get(args["method"], args["method"])])

@@ -87,7 +87,7 @@ def parser(description):
     add("--max-train", type=count, metavar="N", help="train on N samples only, drawn at random", **late)
 
     add = p.add_argument_group("method").add_argument
-    add("--method", default="el2n", choices=METHODS, help="score that decides which samples are kept: %(choices)s")
+    add("--method", default="el2n", choices=METHODS, help="how samples are chosen; full keeps all")
     add("--keep", type=number(float, "above 0 and below 1; --method full keeps everything", lambda k: 0 < k < 1),
         metavar="k", help="k = 1 - ρ: fraction of the samples to keep; infobatch: of samples below the mean loss "
         "(default: 0.5)", **late)
@@ -98,21 +98,22 @@ def parser(description):
     add("--full-end", type=count_or_0, metavar="F",
         help="F: last epochs, on full data (default: 0; infobatch an eighth of E)", **late)
     add("--selection", choices=["dynamic", "static"],
-        help="dynamic selects every T epochs; static once, before training E epochs anew (default: dynamic)", **late)
+        help="dynamic: select every T epochs; static: once, then train E epochs from the pretrained weights "
+        "(default: dynamic)", **late)
     add("--sample", action="store_true",
         help="draw samples with chances in proportion to their scores, instead of keeping the highest", **late)
     add("--draw", action="store_true", dest="sample", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # old name
     add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores", **late)
     add("--offset", type=number(float, "at least 0 and below 1", lambda o: 0 <= o < 1), metavar="o",
-        help="o: fraction with the very highest scores to set aside (default: 0)", **late)
+        help="o: leave out this fraction, with the very highest scores (default: 0)", **late)
     add("--class-floor", type=count_or_0, metavar="N",
         help="keep at least N samples of each label (default: 0)", **late)
-    add("--rescore", choices=["all", "none"], help="all scores every sample before a selection, with dropout off; none "
-        "takes scores from training steps (default: all; --sample none)", **late)
+    add("--rescore", choices=["all", "none"], help="all: a pass over every sample before a selection, dropout off; "
+        "none: scores of the last training steps (default: all; with --sample none)", **late)
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
         "(default: 0.8; 1 with --sample or forgetting)", **late)
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
-        help="c: weight of the deviation over selections (default: 1; 0 where α = 1)", **late)
+        help="c: weight of the deviation that is added to the average (default: 1; 0 where α = 1)", **late)
 
     add = p.add_argument_group("training").add_argument
     add("--model", default=DEFAULT_MODEL, metavar="ID", help="Hugging Face hub id or local folder")

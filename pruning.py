@@ -31,7 +31,7 @@ class Plan:
 
     def is_full(self, epoch):
         """Return whether `epoch` (from 0) trains on everything."""
-        return not self.full_epochs <= epoch < self.total - self.full_end
+        return epoch < self.full_epochs or epoch >= self.total - self.full_end
 
     def selects_before(self, epoch):
         """Return whether to select before `epoch`. A selection that no epoch would use is never made."""
@@ -40,7 +40,7 @@ class Plan:
 
     def restarts_before(self, epoch):
         """Return whether `epoch` begins with the pretrained weights again."""
-        return self.static and 0 < self.full_epochs == epoch
+        return self.static and epoch == self.full_epochs > 0
 
     def progress(self, epoch):
         """Return the share of the training that is done, in [0, 1). epoch: whole epochs plus the share of this one.
@@ -92,7 +92,7 @@ def ranking(scores, keep, offset):
     size = kept_size(len(scores), keep)
     if size < 1:
         raise SelectionError(f"--keep {keep:g} of {len(scores)} samples keeps none; raise --keep")
-    first = min(round(offset * len(scores)), len(scores) - size)  # both may round up where offset + keep is 1
+    first = min(round(offset * len(scores)), len(scores) - size)  # `size` of them must remain
     return np.argsort(-scores, kind="stable")[first:], size
 
 
@@ -138,7 +138,8 @@ def with_class_floor(kept, scores, labels, floor):
 
     The highest scores of a small class come in, even those that an offset set aside. The lowest of larger classes go.
     """
-    order = np.lexsort((-scores, ~np.isin(np.arange(len(scores)), kept)))  # the kept ones first, by falling score
+    is_dropped = ~np.isin(np.arange(len(scores)), kept)
+    order = np.lexsort((-scores, is_dropped))  # the kept ones first, by falling score
     by_class = order[np.argsort(labels[order], kind="stable")]
     starts = np.r_[0, np.bincount(labels).cumsum()]
     place = np.arange(len(scores)) - starts[labels[by_class]]  # from 0 within its class

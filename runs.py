@@ -63,7 +63,7 @@ class Run:
 
     def __init__(self, args, clock):
         self.args, self.clock, self.log, self.steps = args, clock, [], 0
-        settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+        settings = {name: value for name, value in vars(args).items() if value and name not in NOT_SETTINGS}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         method = f"{args.method}-{args.keep:g}" if args.keep else args.method
         name = f"{Path(args.dataset).name[:40]}-{method}-seed{args.seed}-{digest}"

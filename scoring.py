@@ -1,7 +1,7 @@
-"""How important is a sample? Scores are pure functions of a batch's outputs. They come from a scoring pass, or from the
-samples' last training steps.
+"""How important is a sample? Its score comes from a scoring pass, or from its last training step.
 
 To add a score, write a function (outputs, batch) -> (B,) tensor and name it in SCORES. `--method` then takes it.
+outputs: fp32 logits of the intent (B, C) and of the tags (B, L, K) or None. batch: a data.Batch with labels and tags.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from distributed import all_reduce_sum, shard
 from engine import UsedEmbedding
 from models import infer, losses
 
-UNSEEN = 2.0**16  # the score of a sample that has none yet; above every number of forgetting events
+UNSEEN = 2.0**16  # the score of a sample that has none yet: above all others, so that it is kept
 
 
 def el2n(outputs, batch):
@@ -124,7 +124,7 @@ class Scorer(torch.nn.Module):
     def record_forgetting(self, rows, correct):
         """Count forgetting events (Toneva et al. 2019): correct at one training step, wrong at the sample's next one.
 
-        A sample that was never correct stays UNSEEN. Events are counted only while a sample is trained on.
+        The count is UNSEEN until a sample is first correct, then 0, then one more for each event.
         """
         events = self.scores[rows] + (self.correct[rows].bool() & ~correct)
         self.scores[rows] = torch.where(correct & (events == UNSEEN), 0, events)
@@ -145,7 +145,7 @@ class Scorer(torch.nn.Module):
         if not self.records:
             return score(model, self.split, self.method).cpu().numpy()
         scores = self.scores.cpu().numpy().copy()
-        if self.method == "forgetting":  # of equal counts, samples that are wrong now come first; then chance decides
+        if self.method == "forgetting":  # of equal counts, samples that are wrong now come first; noise orders the rest
             scores -= self.correct.cpu().numpy() / 2
             most = scores[scores < UNSEEN].max(initial=0)
             scores = scores.clip(max=most + 1) + rng.random(n, dtype=np.float32) / 2

@@ -3,7 +3,7 @@
     python train.py --dataset snips --keep 0.5
 
 Train τ epochs on everything. Then, every T epochs, score all samples, keep the fraction k with the highest scores, and
-train on them until the next selection. The function `train` is the whole method in one loop.
+train on them until the next selection.
 """
 
 import time
@@ -35,7 +35,7 @@ def train(model, optimizer, data, plan, args, run, state=None):
     clock, n, lengths = run.clock, len(data.train), data.train.lengths
     labels, everything, ones = data.train.labels.cpu().numpy(), np.arange(n), torch.ones(n, device=args.device)
     scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema, args.std_weight)
-    pretrained = {"master": optimizer.master.clone()} if plan.static else None
+    pretrained = {"master": optimizer.master.clone()} if plan.static else None  # the weights, without Adam's averages
     kept, weights = everything, ones
     if state:
         kept, weights = state["kept"].numpy(), state["weights"].to(args.device)
@@ -63,7 +63,7 @@ def train(model, optimizer, data, plan, args, run, state=None):
             model.train()
             batch_list = batches(lengths, kept, args.batch_size, rng)
             for i, indices in enumerate(run.progress(batch_list, kept)):
-                batch = data.train.batch(shard(indices))
+                batch = data.train.batch(shard(indices))  # this process's part of the batch
                 outputs = model(batch)
                 loss = losses(outputs, batch)
                 (loss @ weights[batch.indices] / len(indices)).backward()
