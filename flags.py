@@ -156,7 +156,7 @@ def parse(argv, description):
     without_effect = [
         *((flag, f"--method {args.method}") for flag in sorted(given.keys() - USES[args.method])),
         *((flag, "a single selection") for flag in ("ema", "std_weight") if once),
-        *((flag, "a single pruned epoch, or a static selection") for flag in ["cycle"] if static or pruned == 1),
+        *((flag, "--selection static") for flag in ["cycle"] if static),
         *((flag, "--sample") for flag in ("offset", "stratify") if args.sample),
         *((flag, "--ema 1, which averages nothing") for flag in ["std_weight"] if args.ema == 1),
     ]
