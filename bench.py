@@ -20,6 +20,7 @@ import torch
 
 from data import DEFAULT_MODEL, DataError, ModelError, batches, load, load_tokenizer, sorted_batches
 from engine import FlatAdamW, has_bf16, limit_vocabulary, set_matmul_backend, transformers_forward
+from flags import count, positive
 from models import build_model, infer, losses
 from runs import Clock, environment
 from scoring import el2n
@@ -138,10 +139,10 @@ def main(argv=None):
     p.add_argument("--data-dir", help="as in train.py")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     p.add_argument("--model", default=DEFAULT_MODEL, help="as in train.py")
-    p.add_argument("--max-train", type=int, help="as in train.py")
-    p.add_argument("--batch-size", type=int, default=32, help="samples in a training step (default: 32)")
-    p.add_argument("--rounds", type=int, default=7, help="turns of each variant (default: 7)")
-    p.add_argument("--seconds", type=float, default=3.0, help="shortest length of a turn (default: 3)")
+    p.add_argument("--max-train", type=count, help="as in train.py")
+    p.add_argument("--batch-size", type=count, default=32, help="samples in a training step (default: 32)")
+    p.add_argument("--rounds", type=count, default=7, help="turns of each variant (default: 7)")
+    p.add_argument("--seconds", type=positive, default=3.0, help="shortest length of a turn (default: 3)")
     p.add_argument("--json", metavar="FILE", help="write all figures there, too")
     args = p.parse_args(argv)
     try:
