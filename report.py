@@ -188,7 +188,8 @@ def likely_errors(folder, rounds, count):
     import data  # here, because it takes seconds
 
     try:
-        args = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        args = facts["args"]
         dataset, source, limit = str(args["dataset"]), args["data_dir"], int(args["max_train"] or 0)
         samples, method = data.read(dataset, source and str(source))["train"], args["method"]
     except data.DataError as error:
@@ -200,9 +201,9 @@ def likely_errors(folder, rounds, count):
     if limit:
         samples = data.subset(samples, limit)
     epoch, last = max(rounds.items())
-    if len(samples) != len(last["scores"]):
-        raise ReportError(f"{folder}: {len(last['scores'])} scores, but {len(samples)} train samples in {dataset}; the "
-                          "data has changed since the run")  # fmt: skip
+    digest = samples.digest()
+    if facts.get("train", digest) != digest or len(samples) != len(last["scores"]):
+        raise ReportError(f"{folder}: the train samples of {dataset} have changed since; make the run again")
     table = [["row", "score", "label", "text, with its slots"]]
     for i in np.argsort(-last["scores"], kind="stable")[: max(count, 0)]:
         text = samples.texts[i]

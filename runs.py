@@ -111,8 +111,11 @@ class Run:
             if changed := [name for name in here if here[name] != state["environment"].get(name)]:
                 print(f"warning: the environment has changed ({', '.join(changed)}); the result may differ from an "
                       "uninterrupted run", file=sys.stderr)
+        elif self.args.resume:
+            print("nothing to resume: the run starts from the beginning", flush=True)
         with written(self.folder / "config.json") as part:
-            part.write_text(json.dumps({"args": vars(self.args), "environment": here}, indent=1))
+            facts = {"args": vars(self.args), "environment": here, "train": data.digest}
+            part.write_text(json.dumps(facts, indent=1))
         self.environment, self.before = here, dict(self.clock.seconds)
         return state
 

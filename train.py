@@ -131,7 +131,7 @@ def fine_tune(args, clock, start):
     with clock("load"):
         run = Run(args, clock)
         if run.finished:
-            print(f"{run.folder}/ is finished: nothing is left to do")
+            print(f"{run.folder}/ is finished; remove it to train again")
             return
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)

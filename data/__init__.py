@@ -82,6 +82,7 @@ class Dataset:
     n_tags: int
     pairs: bool = False  # whether texts are pairs of strings
     metrics: tuple[str, ...] = ("accuracy",)  # of classification
+    digest: str = ""  # of the train Samples
 
     @property
     def splits(self):
@@ -169,7 +170,8 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
         return encode(samples, tokenizer, max_length, label_ids, tag_ids, words)
 
     data = Dataset(name, encoded(train, words=False), {split: encoded(samples) for split, samples in splits.items()},
-                   list(label_ids), n_labels, list(tag_ids), n_tags, train.pairs, find(name, folder)[0].metrics)
+                   list(label_ids), n_labels, list(tag_ids), n_tags, train.pairs, find(name, folder)[0].metrics,
+                   train.digest())
     for warning in data_warnings(data, max_length):
         print(f"{name}: {warning}", flush=True)
     return data

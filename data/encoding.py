@@ -61,6 +61,8 @@ def load_tokenizer(name):
     tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise ModelError(f"--model {name}: a fast tokenizer with a padding token is needed")
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers made it up
+        raise ModelError(f"--model {name}: no tokenizer; add its files, such as tokenizer.json or vocab.txt")
     if isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel) and not words_match(tokenizer):
         tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
     return tokenizer

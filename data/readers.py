@@ -81,10 +81,12 @@ def read_json(text, where):
 
 def pick(row, where, names, kind=str):
     """Return the cells of some columns. Raises DataError unless each is there once, and of type `kind`."""
-    cells = [row.get(name) for name in names]
-    right = all(isinstance(cell, kind) for cell in cells)
-    expect(right, where, f"{', '.join(names)} were expected, once each, among {', '.join(map(repr, row))[:200]}")
-    return cells
+    for name in names:
+        others = ", ".join(map(repr, row))[:200]
+        expect(name in row, where, f"the column {name!r} was expected once; others are {others}")
+        right = isinstance(row[name], kind)
+        expect(right, where, f"{name} is {row[name]!r:.40}; {'a list' if kind is list else 'text'} was expected")
+    return [row[name] for name in names]
 
 
 def line_up(pattern, columns):

@@ -1,5 +1,7 @@
 """Hold a split as text, and the error for data that cannot be used."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +41,10 @@ class Samples:
     def pairs(self):
         """Whether the texts are pairs of strings."""
         return self.tags is None and isinstance(self.texts[0], tuple)
+
+    def digest(self):
+        """Return a SHA-256 of all texts, labels and tags, in hexadecimal."""
+        return hashlib.sha256(json.dumps([self.texts, self.labels, self.tags]).encode()).hexdigest()
 
     def take(self, indices):
         """Return the samples of these indices, in their order."""

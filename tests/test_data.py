@@ -3,6 +3,7 @@
 import hashlib
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,3 +244,10 @@ def test_demo_is_as_it_was():
     """The published figures are of this data. Python's hash seed, which differs between runs, changes nothing."""
     splits = [[s.texts, s.labels, s.tags] for s in demo.generate().values()]
     assert hashlib.sha256(json.dumps(splits).encode()).hexdigest().startswith("129c7f38944f767e")
+
+
+def test_a_folder_without_tokenizer_files_is_refused(tiny, tmp_path):
+    """transformers makes up a tokenizer that knows special tokens only: everything would be [UNK]."""
+    (tmp_path / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
+    with pytest.raises(ModelError):
+        load_tokenizer(str(tmp_path))

@@ -156,9 +156,9 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.tsv": TABLE, "test.json": "{}"}, "test.json: .*jsonl"),
     ({"train.tsv": TABLE, "dev.txt": "a"}, "dev.txt: .*jsonl"),
     ({"train.tsv.gz": "a"}, "train.tsv.gz: .*jsonl"),
-    ({"train.tsv": "sentence\tlabel\na\tx\n"}, "train.tsv:2: text .*sentence"),
+    ({"train.tsv": "sentence\tlabel\na\tx\n"}, "train.tsv:2: .*text.*sentence"),
     ({"train.tsv": "text\ttext_b\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text_a or text_b"),
-    ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:2: text .*once"),
+    ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text.*once"),
     ({"train.tsv": "text\tlabel\n"}, "train.tsv: no row"),
     ({"train.tsv": TABLE + "\tx\n"}, "train.tsv:3: no text"),
     ({"train.tsv": TABLE + "b\t \n"}, "train.tsv:3: label ''"),
@@ -241,7 +241,7 @@ def test_damaged_files_are_refused(tmp_path, name):
     ("slurp", "1.0/data/en-US.jsonl", '"train"', '"trial"', "jsonl:1: partition 'trial'"),
     ("cola", "train.tsv", "\t0\t", "\t2\t", "train.tsv:1: label '2'"),
     ("rte", "dev.tsv", "\tentailment", "\t1", "dev.tsv:2: label '1'"),
-    ("mnli", "train.tsv", "gold_label", "label", "train.tsv:2: gold_label"),
+    ("mnli", "train.tsv", "gold_label", "label", "train.tsv:2: .*gold_label"),
     ("mrpc", "mrpc_dev_ids.tsv", "1120", "9999", "mrpc_dev_ids.tsv:1: two ids"),
 ])  # fmt: skip
 def test_wrong_contents_are_refused(tmp_path, name, file, old, new, message):

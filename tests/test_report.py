@@ -275,6 +275,11 @@ def test_scores_that_say_nothing_are_refused_in_one_line(pruned, capsys, args):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_scores_of_samples_that_have_changed_are_refused(pruned, capsys):
+    (pruned.folder / "config.json").write_text(json.dumps({"args": pruned.args, "train": "another digest"}))
+    assert report.main([str(pruned.folder)]) == 2 and "changed" in capsys.readouterr().err
+
+
 def test_a_damaged_selection_is_skipped_and_a_run_without_any_refused(pruned, capsys):
     last, first = sorted((pruned.folder / "rounds").iterdir(), reverse=True)
     last.write_bytes(b"PK damaged")
