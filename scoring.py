@@ -132,6 +132,8 @@ class Scorer(torch.nn.Module):
 
     def sync(self):
         """Give every process the scores that each has recorded since the last call."""
+        if not self.records:
+            return
         anywhere = all_reduce_sum(self.recorded.clone()) > 0
         for values in (self.scores, self.correct):
             values.copy_(torch.where(anywhere, all_reduce_sum(values * self.recorded), values))

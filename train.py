@@ -25,7 +25,7 @@ from distributed import lost_process, process_group, rank, shard, world_size
 from engine import FlatAdamW, limit_vocabulary, set_matmul_backend
 from metrics import evaluate
 from models import build_model, losses, predictions
-from pruning import Plan, SelectionError, Smoother, kept_size, select
+from pruning import Plan, SelectionError, Smoother, kept_size, select, with_class_floor
 from runs import Clock, Run, RunError, summary
 from scoring import Scorer
 
@@ -154,16 +154,15 @@ def fine_tune(args, clock, start):
 
 
 def check_sizes(args, labels):
-    """Raise RunError where a selection would be too small. labels: (N,) int, of the train samples."""
-    size, floor = kept_size(len(labels), args.keep or 1), args.class_floor or 0
+    """Raise RunError or SelectionError where a selection would be too small. labels: (N,) int, of the train samples."""
+    size = kept_size(len(labels), args.keep or 1)
     if args.batch_size < 2 * world_size() > 2:
         raise RunError(f"--batch-size {args.batch_size}: {world_size()} processes need at least {2 * world_size()}")
     if size < args.batch_size and args.method not in ("full", "infobatch"):
         raise RunError(f"--keep {args.keep:g} of {len(labels)} train samples is {size}, less than one batch of "
                        f"{args.batch_size}; raise --keep or lower --batch-size")
-    if (needed := np.minimum(np.bincount(labels), floor).sum()) > size:
-        raise RunError(f"--class-floor {floor} needs {needed} samples, but --keep {args.keep:g} keeps {size}; lower "
-                       "the one or raise the other")
+    if args.class_floor:
+        with_class_floor(np.arange(size), labels, labels, args.class_floor)  # SelectionError if it needs more
 
 
 def terminated(number, _):
