@@ -10,12 +10,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-TASK = ("dataset", "model", "max_length", "max_train")  # runs are compared only where these are equal
+TASK = ("dataset", "model", "max_length", "max_train", "tune")  # runs are compared only where these are equal
 NOT_SETTINGS = {"seed", "device", "precision"}  # runs of one arm may differ in these
-SCORING = {"rescore", "ema", "std_weight"}
-PRUNING = SCORING | {"keep", "full_epochs", "cycle", "full_end", "selection", "sample", "stratify", "offset",
-                     "class_floor"}  # fmt: skip
-NO_EFFECT = {"full": PRUNING, "random": SCORING, "infobatch": SCORING}
 NAMED = {*TASK, "method", "selection", "sample", "stratify", "keep", "epochs", "lr"}  # flags with a place in the tables
 METHODS = {"full": "full data", "infobatch": "InfoBatch", "el2n": "EL2N", "grand": "GraNd"}
 METRICS = {"frame_acc": "frame accuracy", "accuracy": "accuracy", "matthews": "Matthews correlation"}
@@ -80,14 +76,14 @@ def method_name(args):
     words = ["static"] if args.get("selection") == "static" else []
     known = {"stratify": "stratified", "sample": "sampled"}
     words += [known.get(flag, flag.replace("_", "-")) for flag, value in args.items() if value is True]
-    if not words and args["method"] not in NO_EFFECT:
+    if not words and args["method"] not in ("full", "random", "infobatch"):
         words = ["highest"]
     return " ".join([*words, METHODS.get(args["method"], args["method"])])
 
 
 def settings(args):
-    """Return the flags that make an arm, as {flag: JSON}. A flag that is off or has no effect is left out."""
-    unused = NOT_SETTINGS | NO_EFFECT.get(args["method"], set())
+    """Return the flags that make an arm, as {flag: JSON}. A flag that is off is left out."""
+    unused = NOT_SETTINGS | ({"full_epochs", "cycle"} if args["method"] == "full" else set())
     return {flag: json.dumps(value) for flag, value in args.items() if value and flag not in unused}
 
 

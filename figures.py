@@ -1,4 +1,4 @@
-"""Draw accuracy against time, and which samples a run kept. Needs matplotlib."""
+"""Draw accuracy against time. Needs matplotlib."""
 
 import math
 
@@ -74,23 +74,3 @@ def panel(ax, task, arms, styles):
             ax.annotate(f"{accuracy:.1f}", (time, edge), xytext=(5, 3), textcoords="offset points", size=7, color=color)
     ax.set(title=task.title, ylabel=f"{task.measure}, %", xlim=(None, 103))
     ax.set_ylim(bottom=max(edge - 0.03 * (max(full) - edge), ax.get_ylim()[0]))
-
-
-def kept_picture(rounds, title, path):
-    """Draw which samples a run kept: a row a selection, the samples by falling mean rank of importance.
-
-    rounds: {epoch: {"importance": (N,), "keep": (N,) of 0 and 1}}.
-    """
-    plt = pyplot()
-    ranks = np.mean([np.argsort(np.argsort(found["importance"])) for found in rounds.values()], axis=0)
-    keep = np.array([found["keep"][np.argsort(-ranks, kind="stable")] for found in rounds.values()])
-    shares = np.array([[part.mean() for part in np.array_split(row, min(500, len(row)))] for row in keep])
-    fig, ax = plt.subplots(figsize=(9, 0.4 * len(rounds) + 1.6), layout="constrained")
-    extent = (0, keep.shape[1], len(rounds), 0)
-    image = ax.imshow(shares, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1, extent=extent)
-    ax.set_yticks(np.arange(len(rounds)) + 0.5, [f"before epoch {epoch}" for epoch in rounds])
-    ax.set(xlabel="train samples, by falling mean rank of importance",
-           title=f"{title}\nkept: {keep.mean():.0%} a selection, {keep.any(0).mean():.0%} at least once, "
-                 f"{keep.all(0).mean():.0%} always")  # fmt: skip
-    fig.colorbar(image, label="share kept")
-    save(fig, path)

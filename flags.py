@@ -26,26 +26,24 @@ PRUNING = {flag for flags in USES.values() for flag in flags}
 
 def defaults(args, given):
     """Return the value of every pruning flag that the user did not give, as {flag: value}; None where it has no use."""
-    static = given.get("selection") == "static"
-    sample = given.get("sample", False)
+    if args.method == "full":
+        return dict.fromkeys(PRUNING) | {"full_epochs": args.epochs, "cycle": 1, "full_end": 0}
+    static, sample = given.get("selection") == "static", given.get("sample", False)
     flags = {"keep": 0.5, "full_epochs": 2, "cycle": 2, "full_end": 0, "selection": "dynamic", "rescore": "all",
              "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "stratify": False,
              "class_floor": 0}  # fmt: skip
-    if args.method in ("forgetting", "infobatch") or (sample and not static):
-        flags["rescore"] = "none"
-    if args.method in ("random", "forgetting", "infobatch") or sample or static:
-        flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour earlier random draws, or old scores
+    if sample or static or args.method == "forgetting":
+        flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour old scores
     if given.get("ema") == 1:
         flags["std_weight"] = 0.0
-    if sample or args.method == "infobatch":
-        flags["cycle"] = 1
+    if sample:
+        flags |= {"cycle": 1, "rescore": "all" if static else "none"}
     if args.method == "infobatch":
-        flags |= {"full_epochs": 1, "full_end": -(-args.epochs // 8)}  # its authors prune while e + 1 <= 0.875 E
+        full_end = -(-args.epochs // 8)  # its authors prune while e + 1 <= 0.875 E
+        flags |= {"cycle": 1, "full_epochs": 1, "full_end": full_end}
     if args.method == "random" and static:
         flags["full_epochs"] = 0  # nothing has to be learned before a random choice
-    if args.method == "full":
-        flags |= dict.fromkeys(PRUNING) | {"full_epochs": args.epochs, "cycle": 1, "full_end": 0}
-    return {flag: value for flag, value in flags.items() if flag not in given}
+    return {flag: value if flag in USES[args.method] else None for flag, value in flags.items() if flag not in given}
 
 
 def number(kind, right, holds):
@@ -85,6 +83,7 @@ def parser(description):
     add("--max-length", default=256, metavar="TOKENS", help="cut longer samples off",
         type=number(int, "from 3 to 32767", lambda n: 3 <= n < 2**15))
     add("--max-train", type=count, metavar="N", help="train on N samples only, drawn at random", **late)
+    add("--tune", action="store_true", help="evaluate on a tenth of train, held out, and never on dev or test", **late)
 
     add = p.add_argument_group("method").add_argument
     add("--method", default="el2n", choices=METHODS, help="how samples are chosen; full keeps all")
@@ -138,7 +137,8 @@ def parser(description):
 def parse(argv, description):
     """Return all flags as a namespace, checked and complete. Exits with status 2 and one line where they are wrong."""
     p = parser(description)
-    args = p.parse_args(argv, argparse.Namespace(data_dir=None, max_train=None, resume=False, no_model=False))
+    absent = {"data_dir": None, "max_train": None, "tune": False, "resume": False, "no_model": False}
+    args = p.parse_args(argv, argparse.Namespace(**absent))
     given = {flag: value for flag, value in vars(args).items() if flag in PRUNING}
     if args.dataset not in DATASETS:
         if not os.path.isdir(args.dataset):

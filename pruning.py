@@ -65,7 +65,7 @@ def select(importance, labels, args, rng):
     if args.stratify:
         kept = stratified(importance, args.keep, args.offset, rng)
     else:
-        kept = highest(importance, args.keep, args.offset)
+        kept = highest(importance, args.keep, args.offset or 0)
     if args.class_floor:
         kept = with_class_floor(kept, importance, labels, args.class_floor)
     return kept, np.ones(len(importance), np.float32)

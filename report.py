@@ -166,65 +166,52 @@ def full_page(found, arms, wide):
 # ---- one run
 
 
-def read_rounds(folder):
-    """Return a run's selections as {epoch: {"scores", "importance", "keep"}}. Skip damaged files with a warning."""
-    rounds = {}
-    for path in sorted((folder / "rounds").glob("epoch-*.npz")):
-        try:
-            with np.load(path) as arrays:
-                found = {name: arrays[name].astype(float) for name in ("scores", "importance", "keep")}
-            if {array.shape for array in found.values()} != {(len(found["scores"]),)}:
-                raise ValueError("the arrays differ in length")
-            rounds[int(path.stem.removeprefix("epoch-"))] = found
-        except Exception:  # whatever a damaged file makes NumPy raise
-            print(f"warning: {path}: damaged selection, skipped", file=sys.stderr)
-    if not rounds:
-        raise ReportError(f"{folder}: no selection in rounds/; take the folder of a run that prunes")
-    return rounds
-
-
-def likely_errors(folder, rounds, count):
+def likely_errors(folder, count):
     """Return the blocks that show the train samples with the highest scores of a run's last selection, in words."""
     import data  # here, because it takes seconds
 
+    path = max((folder / "rounds").glob("epoch-*.npz"), default=None)
+    if path is None:
+        raise ReportError(f"{folder}: no selection in rounds/; take the folder of a run that prunes")
     try:
+        with np.load(path) as arrays:
+            scores = arrays["scores"].astype(float)
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        args = facts["args"]
-        dataset, source, limit = str(args["dataset"]), args["data_dir"], int(args["max_train"] or 0)
-        samples, method = data.read(dataset, source and str(source))["train"], args["method"]
+        args, digest = facts["args"], facts["data"]
+        dataset, method = args["dataset"], args["method"]
+        splits = data.read(dataset, args["data_dir"], args["max_train"], args.get("tune"))
     except data.DataError as error:
         raise ReportError(error) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ReportError(f"{folder}/config.json: damaged ({clean(error)}); take the folder of another run") from None
+    except Exception as error:  # whatever a damaged file makes NumPy or json raise
+        raise ReportError(f"{folder}: damaged ({clean(error)}); take the folder of another run") from None
+    samples = splits["train"]
     if method == "random":
         raise ReportError(f"{folder}: random scores say nothing about labels; take a run of another method")
-    if limit:
-        samples = data.subset(samples, limit)
-    epoch, last = max(rounds.items())
-    digest = samples.digest()
-    if facts.get("train", digest) != digest or len(samples) != len(last["scores"]):
-        raise ReportError(f"{folder}: the train samples of {dataset} have changed since; make the run again")
+    if data.digest(splits) != digest or scores.shape != (len(samples),):
+        raise ReportError(f"{folder}: the samples of {dataset} have changed since; make the run again")
     table = [["row", "score", "label", "text, with its slots"]]
-    for i in np.argsort(-last["scores"], kind="stable")[: max(count, 0)]:
+    for i in np.argsort(-scores, kind="stable")[: max(count, 0)]:
         text = samples.texts[i]
         if samples.tags:
             text = " ".join(word if tag == "O" else f"[{word}: {tag}]" for word, tag in zip(text, samples.tags[i]))
         elif isinstance(text, tuple):
             text = " / ".join(text)
-        table.append([f"{samples.rows[i]}", f"{last['scores'][i]:.2f}", samples.labels[i], text])
-    text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} before epoch {epoch}."
+        table.append([f"{samples.rows[i]}", f"{scores[i]:.2f}", samples.labels[i], text])
+    text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} in {path.name}."
     text += " The labels may be wrong. Rows of train count from 0, without a header."
     return ["# Likely label errors", text, table]
 
 
-def draw(picture, *content):
-    """Draw a picture, and return whether that worked: it needs matplotlib."""
+def draw(found, arms, path):
+    """Draw accuracy against time, and return whether that worked."""
+    if not any(task.full for task in found):
+        return False
     try:
-        picture(*content)
-        return True
+        figures.figure(found, arms, path)
     except ImportError:
         print("note: no pictures without matplotlib; pip install matplotlib", file=sys.stderr)
         return False
+    return True
 
 
 def report_runs(paths, to):
@@ -236,20 +223,10 @@ def report_runs(paths, to):
     arms = headline_arms(found)
     pages = {}
     if to:
-        drawn = any(task.full for task in found) and draw(figures.figure, found, arms, to / "figure")
         top = ["# Results", f"Made by `python report.py {' '.join(paths)} --to {to}`."]
-        top += ["![accuracy against time](figure.svg)"] * drawn
+        top += ["![accuracy against time](figure.svg)"] * draw(found, arms, to / "figure")
         pages = {"headline.md": headline(found, arms), "results.md": top + full_page(found, arms, wide=True)}
     return full_page(found, arms, wide=False), pages
-
-
-def report_run(folder, to, count):
-    """Look into one run. Returns as `report_runs`."""
-    rounds = read_rounds(folder)
-    blocks = likely_errors(folder, rounds, count)
-    if to:
-        draw(figures.kept_picture, rounds, folder.resolve().name, to / "kept")
-    return blocks, {"likely_errors.md": blocks}
 
 
 def main(argv=None):
@@ -265,8 +242,11 @@ def main(argv=None):
             raise ReportError(f"{single[0]}: is the folder of one run; name it alone, or name the folder above it")
         if args.to:
             args.to.mkdir(parents=True, exist_ok=True)
-        blocks, pages = (report_run(Path(single[0]), args.to, args.errors) if single
-                         else report_runs(args.paths, args.to))  # fmt: skip
+        if single:
+            blocks = likely_errors(Path(single[0]), args.errors)
+            pages = {"likely_errors.md": blocks}
+        else:
+            blocks, pages = report_runs(args.paths, args.to)
         for name, page in pages.items() if args.to else ():
             (args.to / name).write_text(as_markdown(page), encoding="utf-8")
     except (OSError, ReportError) as error:

@@ -92,13 +92,8 @@ class Run:
         weights: all of them before training, (W,). epochs: how many there are in all.
         """
         self.data, self.epochs = data, epochs
-        digest, here = hashlib.sha256(), environment(self.args.device)
-        for split in data.splits.values():
-            for array in (split.tokens, split.types, split.offsets, split.labels, split.tags):
-                digest.update(b"" if array is None else array.cpu().numpy())
-        self.data_digest = digest.hexdigest()[:6]
-        digest.update(weights.cpu().numpy())
-        self.digest = digest.hexdigest()
+        here = environment(self.args.device)
+        self.digest = hashlib.sha256(data.digest.encode() + weights.cpu().numpy().tobytes()).hexdigest()
         state = broadcast(self.load_checkpoint() if self.checkpoint.exists() else None)
         sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
         print(f"{self.args.dataset}: {sizes} samples, {data.n_labels} labels, {data.n_tags} tags; "
@@ -114,7 +109,7 @@ class Run:
         elif self.args.resume:
             print("nothing to resume: the run starts from the beginning", flush=True)
         with written(self.folder / "config.json") as part:
-            facts = {"args": vars(self.args), "environment": here, "train": data.digest}
+            facts = {"args": vars(self.args), "environment": here, "data": data.digest}
             part.write_text(json.dumps(facts, indent=1))
         self.environment, self.before = here, dict(self.clock.seconds)
         return state
@@ -205,7 +200,7 @@ class Run:
         if os.path.isdir(self.args.model):  # rows carry no paths
             flags["model"] = Path(self.args.model).name
         if os.path.isdir(self.args.dataset):
-            flags["dataset"] = f"{Path(self.args.dataset).name}-{self.data_digest}"
+            flags["dataset"] = f"{Path(self.args.dataset).name}-{self.data.digest[:6]}"
         full = [line["seconds"]["train"] for line in log if line["kept"] == n]
         total = sum(seconds.get(phase, 0.0) for phase in ("train", "score", "select"))
         return {
@@ -294,7 +289,7 @@ def summary(row, run):
         lines.append(f"found  {found} of {planted} planted label errors among the {planted} highest scores")
     metric = next(name for name in ("frame_acc", *row["dev"]) if name in row["dev"])
     before, end = row["epoch_dev"][max(args.full_epochs, 1) - 1][metric], row["epoch_dev"][-1][metric]
-    if row["selections"] and args.selection == "dynamic" and end < before:
+    if row["selections"] and args.selection != "static" and end < before:
         lines.append(f"lost   dev {metric} was {before:.2f} before pruning and is {end:.2f} now; a higher --keep or "
                      "--sample may help")
     lines.append(f"left   {folder}/ with result, log, scores and masks; python report.py {args.out} compares runs")

@@ -99,12 +99,14 @@ class Scorer(torch.nn.Module):
     """The newest score of every sample of a split, (N,) fp32. It is a module so that its buffers can be saved.
 
     rescore: "all" makes a scoring pass when scores are asked for. "none" takes each score from the sample's last
-    training step: it costs next to nothing, but dropout was on and the model was younger.
+    training step: it costs next to nothing, but dropout was on and the model was younger. So do the methods that need
+    no pass, forgetting and infobatch.
     """
 
     def __init__(self, split, method, rescore):
         super().__init__()
-        self.split, self.method, self.records = split, method, rescore == "none"
+        self.split, self.method = split, method
+        self.records = rescore == "none" or method in ("forgetting", "infobatch")
         self.register_buffer("scores", torch.full((len(split),), UNSEEN, device=split.tokens.device))
         self.register_buffer("correct", torch.zeros_like(self.scores))  # forgetting: 1 if right at the last step
         self.recorded = torch.zeros_like(self.scores)  # 1 where this process has a score that others lack

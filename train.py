@@ -34,7 +34,7 @@ def train(model, optimizer, data, plan, args, run, state=None):
     """Fine-tune `model` in place. state: of a checkpoint, from which the run goes on."""
     clock, n, lengths = run.clock, len(data.train), data.train.lengths
     labels, everything, ones = data.train.labels.cpu().numpy(), np.arange(n), torch.ones(n, device=args.device)
-    scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema, args.std_weight)
+    scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema or 1, args.std_weight or 0)
     pretrained = {"master": optimizer.master.clone()} if plan.static else None  # the weights, without Adam's averages
     kept, weights = everything, ones
     if state:
@@ -134,7 +134,7 @@ def fine_tune(args, clock, start):
             print(f"{run.folder}/ is finished; remove it to train again")
             return
         tokenizer = load_tokenizer(args.model)
-        data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train)
+        data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train, args.tune)
         check_sizes(args, data.train.labels.numpy())
         model = build_model(args.model, tokenizer, data, args.seed, args.precision)
         limit_vocabulary(model, data)

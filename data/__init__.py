@@ -17,12 +17,12 @@ from .encoding import (  # isort: skip
     DEFAULT_MODEL, IGNORE, LOST, Batch, ModelError, Split, batches, encode, load_tokenizer, number_names, one_line,
     pretrained, sorted_batches,
 )  # fmt: skip
-from .samples import DataError, Samples, expect, hold_out, subset
+from .samples import DataError, Samples, digest, expect, hold_out, subset
 
 __all__ = [
     "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "ModelError", "Samples", "Split",
-    "batches", "default_folder", "demo", "encode", "find", "load", "load_tokenizer", "one_line", "pretrained", "read",
-    "sorted_batches", "subset",
+    "batches", "default_folder", "demo", "digest", "encode", "find", "load", "load_tokenizer", "one_line", "pretrained",
+    "read", "sorted_batches",
 ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ class Dataset:
     n_tags: int
     pairs: bool = False  # whether texts are pairs of strings
     metrics: tuple[str, ...] = ("accuracy",)  # of classification
-    digest: str = ""  # of the train Samples
+    digest: str = ""  # of all samples as text
 
     @property
     def splits(self):
@@ -125,11 +125,12 @@ def fetch(name, folder=None):
         download.fetch(name, path, FILES[name], check, source.licence)
 
 
-def read(name, folder=None):
+def read(name, folder=None, max_train=None, tune=False):
     """Return {"train": Samples, "dev": …}, and "test" where there is one. Raises DataError.
 
     Absent files are downloaded. A split is left out if train has none of its labels. A fixed tenth of train is held out
-    where there is no dev split.
+    where there is no dev split. max_train: keep that many train samples, drawn at random, the same for every seed.
+    tune: read train only, and hold out its tenth.
     """
     source, path = find(name, folder)
     fetch(name, folder)
@@ -138,6 +139,8 @@ def read(name, folder=None):
     if name in FILES and rows != source.rows and rank() == 0:
         print(f"warning: {path}: {rows} rows, officially {source.rows}; results will not compare", file=sys.stderr)
     expect(all(rows), path, f"{', '.join(splits)} have {rows} samples; one or more was expected")
+    if tune:
+        splits = {"train": splits["train"]}
     for split in [s for s in splits if set(splits["train"].labels).isdisjoint(splits[s].labels)]:
         print(f"{name}: {split} is left out, because train has none of its labels")
         del splits[split]
@@ -146,19 +149,20 @@ def read(name, folder=None):
         splits["train"], splits["dev"] = hold_out(splits["train"], share=0.1)
         expect(len(splits["dev"]), path, "no dev split, and a single train sample cannot be divided; add samples")
         print(f"{name}: no dev split; {len(splits['dev'])} of its {n} train samples are held out for it")
+    if max_train is not None:
+        splits["train"] = subset(splits["train"], max_train)
     return {split: splits[split] for split in ("train", "dev", "dev_mismatched", "test") if split in splits}
 
 
-def load(name, tokenizer, folder=None, max_length=256, max_train=None):
+def load(name, tokenizer, folder=None, max_length=256, max_train=None, tune=False):
     """Read a dataset, number its labels and tags, and encode it. Returns a Dataset. Raises DataError and ModelError.
 
     name: of DATASETS, or a folder of the user's. tokenizer: a fast Hugging Face tokenizer. max_length: tokens a sample,
-    special ones included. max_train: keep that many train samples, drawn at random, the same for every seed.
+    special ones included. max_train, tune: as for `read`.
     """
-    splits = read(name, folder)
+    splits = read(name, folder, max_train, tune)
+    content = digest(splits)
     train = splits.pop("train")
-    if max_train is not None:
-        train = subset(train, max_train)
     label_ids, n_labels = number_names(train.labels, chain.from_iterable(e.labels for e in splits.values()))
     tag_ids, n_tags = {}, 0
     if train.tags is not None:
@@ -171,7 +175,7 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None):
 
     data = Dataset(name, encoded(train, words=False), {split: encoded(samples) for split, samples in splits.items()},
                    list(label_ids), n_labels, list(tag_ids), n_tags, train.pairs, find(name, folder)[0].metrics,
-                   train.digest())
+                   content)
     for warning in data_warnings(data, max_length):
         print(f"{name}: {warning}", flush=True)
     return data

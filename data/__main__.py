@@ -25,14 +25,13 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m data", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("datasets", nargs="*", metavar="NAME", help=f"of {', '.join(DATASETS)}")
-    p.add_argument("--list", action="store_true", help="show every dataset, the default without NAME")
     p.add_argument("--data-dir", metavar="DIR", help="folder of the raw datasets ($DATA_DIR, or data/raw)")
     args = p.parse_args(argv)
     try:
         for name in args.datasets:
             fetch(name, args.data_dir)
             print(f"{name}: in {find(name, args.data_dir)[1] or 'this program, which generates it'}")
-        if args.list or not args.datasets:
+        if not args.datasets:
             print("\n".join(overview(args.data_dir)))
     except DataError as error:
         print(f"python -m data: error: {error}", file=sys.stderr)

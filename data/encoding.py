@@ -113,7 +113,6 @@ class Split:
     word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the sample, or LOST
     word_offsets: torch.Tensor | None = None  # (N+1,) int64
     truncated: int = 0  # number of samples that were too long
-    lost: int = 0  # number of words that are LOST
 
     def __post_init__(self):
         self.lengths = self.offsets.diff().int().cpu().numpy()  # (N,) tokens a sample, on the host for batching
@@ -159,16 +158,14 @@ def batches(lengths, indices, batch_size, rng, window=50):
     return [batch_list[i] for i in rng.permutation(count)]
 
 
-def sorted_batches(split, indices=None, tokens=None):
-    """Divide samples of a split into batches for inference, longest first: too little memory shows at once.
+def sorted_batches(split, tokens=None):
+    """Divide all samples of a split into batches for inference, longest first: too little memory shows at once.
 
-    indices: of the samples, an integer array; None for all. tokens: most tokens a batch, padding included; by default
-    what fits a CPU's shared cache, or keeps a GPU busy. Returns a list of index arrays. A sample that is longer than
-    `tokens` is a batch of its own.
+    tokens: most tokens a batch, padding included; by default what fits a CPU's shared cache, or keeps a GPU busy.
+    Returns a list of index arrays. A sample that is longer than `tokens` is a batch of its own.
     """
     tokens = tokens or (3072 if split.tokens.device.type == "cpu" else 2**16)
-    indices = np.arange(len(split)) if indices is None else indices
-    order, batch_list, start = indices[np.argsort(-split.lengths[indices], kind="stable")], [], 0
+    order, batch_list, start = np.argsort(-split.lengths, kind="stable"), [], 0
     while start < len(order):
         size = max(1, tokens // split.lengths[order[start]])
         size -= size % 16 if size > 16 else 0  # matrix units work on 16 rows at a time
@@ -222,7 +219,6 @@ def encode(samples, tokenizer, max_length, label_ids, tag_ids, words=True):
         positions = split.offsets[:-1].repeat_interleave(word_offsets.diff()) + word_starts
         split.tags = torch.full((len(tokens),), IGNORE, dtype=torch.int16)
         split.tags[positions[seen]] = word_tags[seen]
-        split.lost = int((~seen).sum())
         if words:
             split.word_tags, split.word_starts, split.word_offsets = word_tags, word_starts, word_offsets
     return split

@@ -42,14 +42,16 @@ class Samples:
         """Whether the texts are pairs of strings."""
         return self.tags is None and isinstance(self.texts[0], tuple)
 
-    def digest(self):
-        """Return a SHA-256 of all texts, labels and tags, in hexadecimal."""
-        return hashlib.sha256(json.dumps([self.texts, self.labels, self.tags]).encode()).hexdigest()
-
     def take(self, indices):
         """Return the samples of these indices, in their order."""
         columns = (self.texts, self.labels, self.tags, self.rows)
         return Samples(*(column and [column[i] for i in indices] for column in columns))
+
+
+def digest(splits):
+    """Return a SHA-256 of all texts, labels and tags of {split: Samples}, in hexadecimal."""
+    content = [[split, samples.texts, samples.labels, samples.tags] for split, samples in splits.items()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def hold_out(samples, share, seed=0):

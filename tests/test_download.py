@@ -239,7 +239,7 @@ def test_the_command_lists_and_fetches(published, tmp_path, capsys):
     assert data.__main__.main(where) == 0
     before = capsys.readouterr().out
     assert all(re.search(rf"^{name} .*\bno$", before, re.M) for name in DATASETS if name != "demo")
-    assert data.__main__.main(["cola", "--list", *where]) == 0
+    assert data.__main__.main(["cola", *where]) == data.__main__.main(where) == 0
     assert re.search(rf"^cola +classification +60 / 10 .*{tmp_path}/raw/glue/CoLA$", capsys.readouterr().out, re.M)
     assert data.__main__.main(["nope"]) == 2
     assert "nope" in capsys.readouterr().err
