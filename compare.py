@@ -30,7 +30,7 @@ def read_rows(paths):
     """Read the rows of .jsonl files and of folders of runs. Skip what is damaged, with a warning."""
     rows = []
     for path in map(Path, paths):
-        for file in sorted(path.glob("*/result.json")) if path.is_dir() else [path]:
+        for file in sorted(path.rglob("result.json")) if path.is_dir() else [path]:
             try:
                 lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             except OSError as error:
@@ -166,6 +166,12 @@ def best_on_dev(arms):
     """Return the arm that is best on dev, over the seeds that all have. Without any, take the arm of most seeds."""
     common = set.intersection(*(set(arm.rows) for arm in arms))
     return max(arms, key=lambda arm: (sum(arm.dev[seed] for seed in common), len(arm.rows)))
+
+
+def better_rate(folder, seed):
+    """Return the learning rate that is better on dev, of the two runs of one arm in a folder. ValueError if one lacks."""
+    first, second = (row for row in read_rows([folder]) if row["args"]["seed"] == seed)
+    return max(first, second, key=lambda row: row["dev"][row["metric"]])["args"]["lr"]
 
 
 def envelope(points):
