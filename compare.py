@@ -12,7 +12,7 @@ from statistics import mean, stdev
 
 TASK = ("dataset", "model", "max_length", "max_train", "tune")  # runs are compared only where these are equal
 NOT_SETTINGS = {"seed", "device", "precision"}  # runs of one arm may differ in these
-NAMED = {*TASK, "method", "selection", "sample", "stratify", "keep", "epochs", "lr"}  # flags with a place in the tables
+NAMED = {*TASK, "method", "selection", "sample", "adaptive", "stratify", "keep", "epochs", "lr"}  # have a column
 METHODS = {"full": "full data", "infobatch": "InfoBatch", "el2n": "EL2N", "grand": "GraNd"}
 METRICS = {"frame_acc": "frame accuracy", "accuracy": "accuracy", "matthews": "Matthews correlation"}
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 95 %, degrees 1 to 9
@@ -100,7 +100,7 @@ class Arm:
         costs = [row["cost"] for row in self.rows.values()]
         self.cost = mean(costs) if all(costs) else None
         self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
-        self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
+        self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}" if args.get("keep") else "auto"
         self.order = not self.full, soft, -keep, self.name != "random", self.name, -self.epochs, args["lr"]
 
 
@@ -169,7 +169,7 @@ def best_on_dev(arms):
 
 
 def better_rate(folder, seed):
-    """Return the learning rate that is better on dev, of the two runs of one arm in a folder. ValueError if one lacks."""
+    """Return the learning rate that is better on dev, of two runs in a folder. ValueError if one lacks."""
     first, second = (row for row in read_rows([folder]) if row["args"]["seed"] == seed)
     return max(first, second, key=lambda row: row["dev"][row["metric"]])["args"]["lr"]
 
