@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 from data import Batch, ModelError, one_line, pretrained
-from engine import encoder_forward, first_position, linear
+from engine import first_position
 
 
 def load_encoder(name):
@@ -35,9 +35,9 @@ def has_segments(encoder):
     return getattr(encoder.config, "type_vocab_size", 0) > 1
 
 
-def check_encoder(encoder, tokenizer, data, name, precision):
-    """Raise ModelError where an encoder cannot be trained on `data` in `precision`. name: of the model, to be shown."""
-    splits = data.splits.values()
+def check_model(model, data, name, precision):
+    """Raise ModelError where a new NLUModel cannot be trained on `data` in `precision`. name: of its encoder."""
+    splits, encoder, tokenizer = data.splits.values(), model.encoder, model.tokenizer
     highest = max(data.train.pad, *(int(split.tokens.max()) for split in splits))
     if highest >= len(encoder.get_input_embeddings().weight):
         raise ModelError(f"--model {name}: its tokenizer has token {highest}, which its encoder cannot embed; "
@@ -47,7 +47,7 @@ def check_encoder(encoder, tokenizer, data, name, precision):
         raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has a sample of {longest}; "
                          f"add --max-length {limit} to cut longer samples off")
     try:
-        sees_last_token = try_batch(encoder, padded_pair(data.train, has_segments(encoder)), precision)
+        sees_last_token = try_batch(model, padded_pair(data.train), precision)
     except Exception as error:  # whatever a foreign encoder raises
         advice = "take another model" if precision == "fp32" else "try --precision fp32, or another model"
         raise ModelError(f"--model {name}: the encoder fails on a first batch in {precision} ({one_line(error)}); "
@@ -57,23 +57,23 @@ def check_encoder(encoder, tokenizer, data, name, precision):
                          "encoder such as BERT or RoBERTa")
 
 
-def padded_pair(split, segments):
+def padded_pair(split):
     """Return the longest and the shortest sample of a split as a Batch with padding, of at most 16 tokens."""
     batch = split.batch(np.array([split.lengths.argmax(), split.lengths.argmin()]))
     tokens = batch.tokens[:, :16].clone()
     mask = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask[:, :16].clone()
     mask[1, -1], tokens[1, -1] = False, split.pad
-    types = batch.types[:, :16] if segments and batch.types is not None else None
-    return Batch(batch.indices, tokens, types, mask, batch.labels, tokens)  # with tags, so that all hidden states count
+    types, tags = (None if array is None else array[:, :16] for array in (batch.types, batch.tags))
+    return Batch(batch.indices, tokens, types, mask, batch.labels, tags)
 
 
-def try_batch(encoder, batch, precision):
-    """Run a copy of an encoder forward and backward on one batch. Return whether the first token sees the last one."""
-    trial, forward = copy.deepcopy(encoder).train(), encoder_forward(encoder)
-    trial.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    forward(trial, batch, linear).float().sum().backward()
+def try_batch(model, batch, precision):
+    """Run a copy of a model forward and backward on one batch. Return whether the first token sees the last one."""
+    trial = copy.deepcopy(model).train().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    torch.cat([logits.flatten() for logits in trial(batch) if logits is not None]).sum().backward()
     other = batch.tokens.clone()
     other[0, -1] = int(other[0, -1] == 0)  # any other token
+    model.eval()
     with torch.no_grad():  # in fp32, as bf16 may round a small difference away
-        first, changed = (forward(encoder, batch._replace(tokens=t), linear)[0, 0] for t in (batch.tokens, other))
+        first, changed = (model(batch._replace(tokens=tokens))[0][0] for tokens in (batch.tokens, other))
     return not torch.equal(first, changed)

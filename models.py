@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import IGNORE, LOST, ModelError, Samples, encode, load_tokenizer, one_line, sorted_batches
-from encoders import check_encoder, has_segments, load_encoder, max_tokens
+from encoders import check_model, has_segments, load_encoder, max_tokens
 from engine import dropout, encoder_forward, linear, onednn_is_faster, packed_linear, restore_vocabulary
 
 
@@ -165,5 +165,5 @@ def build_model(name, tokenizer, data, seed, precision="fp32"):
     torch.manual_seed(seed)
     encoder = load_encoder(name)
     model = NLUModel(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], data.pairs)
-    check_encoder(encoder, tokenizer, data, name, precision)
+    check_model(model, data, name, precision)
     return model

@@ -130,7 +130,7 @@ def read(name, folder=None, max_train=None, tune=False):
 
     Absent files are downloaded. A split is left out if train has none of its labels. A fixed tenth of train is held out
     where there is no dev split. max_train: keep that many train samples, drawn at random, the same for every seed.
-    tune: read train only, and hold out its tenth.
+    tune: hold out a tenth of train, and leave out all other splits.
     """
     source, path = find(name, folder)
     fetch(name, folder)
@@ -148,7 +148,7 @@ def read(name, folder=None, max_train=None, tune=False):
         n = len(splits["train"])
         splits["train"], splits["dev"] = hold_out(splits["train"], share=0.1)
         expect(len(splits["dev"]), path, "no dev split, and a single train sample cannot be divided; add samples")
-        print(f"{name}: no dev split; {len(splits['dev'])} of its {n} train samples are held out for it")
+        print(f"{name}: {len(splits['dev'])} of {n} train samples are held out as dev")
     if max_train is not None:
         splits["train"] = subset(splits["train"], max_train)
     return {split: splits[split] for split in ("train", "dev", "dev_mismatched", "test") if split in splits}
