@@ -148,9 +148,9 @@ def tasks(rows):
     """Sort rows into Tasks, joint datasets first. Another metric or another split makes another Task."""
     by_task = {}
     for row in rows:
-        key = [*(row["args"].get(flag) for flag in TASK), row["metric"], row["split"]]
+        key = [*(row["args"].get(flag) or None for flag in TASK), row["metric"], row["split"]]
         by_task.setdefault(json.dumps(key), []).append(row)
-    differing = [flag for flag in TASK[1:] if len({json.dumps(row["args"].get(flag)) for row in rows}) > 1]
+    differing = [flag for flag in TASK[1:] if len({json.dumps(row["args"].get(flag) or None) for row in rows}) > 1]
     found = []
     for same in by_task.values():
         args = same[0]["args"]
