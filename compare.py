@@ -117,7 +117,8 @@ class Task:
             by_arm.setdefault(json.dumps(settings(row["args"]), sort_keys=True), []).append(row)
         self.title, self.arms = clean(title), sorted(map(Arm, by_arm.values()), key=lambda arm: arm.order)
         self.metric, self.measure = rows[0]["metric"], METRICS.get(rows[0]["metric"], rows[0]["metric"])
-        self.split = rows[0]["split"]
+        self.split, learned = rows[0]["split"], [row["learned"] for row in rows if row.get("learned") is not None]
+        self.learned = mean(learned) if learned else None
         by_epochs = groupby((arm for arm in self.arms if arm.full), key=lambda arm: arm.epochs)
         self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
         self.full = self.baselines[0] if self.baselines else None

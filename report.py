@@ -208,6 +208,7 @@ def draw(found, arms, path):
         return False
     try:
         figures.figure(found, arms, path)
+        figures.gain_figure(arms.get(("0.5", "sampled EL2N"), {}), "sampled EL2N, keep 0.5", path.with_name("gain"))
     except ImportError:
         print("note: no pictures without matplotlib; pip install matplotlib", file=sys.stderr)
         return False
@@ -224,7 +225,8 @@ def report_runs(paths, to):
     pages = {}
     if to:
         top = ["# Results", f"Made by `python report.py {' '.join(paths)} --to {to}`."]
-        top += ["![accuracy against time](figure.svg)"] * draw(found, arms, to / "figure")
+        if draw(found, arms, to / "figure"):
+            top += ["![accuracy against time](figure.svg)", "![gain against learned samples](gain.svg)"]
         pages = {"headline.md": headline(found, arms), "results.md": top + full_page(found, arms, wide=True)}
     return full_page(found, arms, wide=False), pages
 
