@@ -1,8 +1,14 @@
-"""Fixtures: a tiny BERT with random weights, so that whole runs take seconds, and raw data where it is at hand."""
+"""Fixtures and helpers: a tiny BERT, whole runs that take half a second, and raw files as upstream lays them out."""
 
 import json
+import multiprocessing
 import os
+import runpy
+import socket
+import sys
+from functools import cache
 from itertools import count, cycle, islice
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
@@ -14,13 +20,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+import train
 from data import DATASETS, demo, download, load, load_tokenizer
 from metrics import spans
 from models import build_model
 
 download.PAUSE = 0  # no test waits before another attempt
 
-SHARED = Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +97,143 @@ def rng():
     return np.random.default_rng(7)
 
 
+def write(folder, files):
+    """Write {name: text, or lines without their ends} into a folder. Returns the folder."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else "".join(line + "\n" for line in content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text.encode())
+    return folder
+
+
+@cache
+def demo_rows(split, size):
+    """Return the first (words, tags, label) of a split of demo, as a list."""
+    samples = demo.generate()[split]
+    return list(islice(zip(samples.texts, samples.tags, samples.labels), size))
+
+
+# ---- small runs
+
+
+@cache
+def data_folder(model):
+    """Write a little of demo as a dataset of one's own, beside the files of the tiny model. Returns its folder."""
+    splits = {split: demo_rows(split, size) for split, size in (("train", 64), ("dev", 24), ("test", 24))}
+    return write(Path(model) / "data", snips_files("snips", splits))
+
+
+def small(model, out, *flags):
+    """Return the arguments of a small run: 8 steps an epoch on everything, 4 on half, selections before 2, 3 and 4."""
+    pruning = [] if "full" in flags else ["--full-epochs", "1"]
+    cycle = [] if {"full", "static"} & set(flags) else ["--cycle", "1"]
+    return ["--model", str(model), "--dataset", str(data_folder(model)), "--epochs", "4", *pruning, *cycle,
+            "--batch-size", "8", "--lr", "3e-3", "--precision", "fp32", "--device", "cpu", "--out", str(out),
+            *map(str, flags)]  # fmt: skip
+
+
+def only_folder(out):
+    """Return the one run folder in `out`."""
+    folder, = (config.parent for config in Path(out).glob("*/config.json"))
+    return folder
+
+
+def row_of(folder):
+    """Return the row of a finished run."""
+    return json.loads((folder / "result.json").read_text())
+
+
+def log_of(folder):
+    """Return the lines of a run's log without seconds, which no two runs share."""
+    lines = map(json.loads, (folder / "epochs.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def rounds_of(folder):
+    """Return {file name: {array name: array}} of all selections of a run."""
+    return {path.name: dict(np.load(path)) for path in sorted(folder.glob("rounds/*"))}
+
+
+def assert_same_run(folder, wanted, metrics=True):
+    """Two finished runs have the same files, selections, weights, log and metrics, bit for bit."""
+    others, files = ({path.relative_to(run) for path in run.rglob("*")} for run in (folder, wanted))
+    assert others == files, f"files differ: {others ^ files}"
+    for name in files:
+        if name.suffix == ".safetensors":
+            assert (folder / name).read_bytes() == (wanted / name).read_bytes(), name
+        if name.suffix == ".npz":
+            assert all(map(np.array_equal, np.load(folder / name).values(), np.load(wanted / name).values())), name
+    ours, theirs = ([line | {"dev": metrics and line["dev"]} for line in log_of(run)] for run in (folder, wanted))
+    assert ours == theirs, "logs differ"
+    same = ("test", "dev", "steps", "samples_seen", "tokens_seen", "selections")[0 if metrics else 2 :]
+    assert all(row_of(folder)[key] == row_of(wanted)[key] for key in same), "rows differ"
+
+
+def free_port():
+    """Return the number of a port that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def refused(capsys, arguments, status=2):
+    """Run a command that cannot work. Returns the one line that it prints on standard error."""
+    capsys.readouterr()
+    try:
+        got = train.main(list(map(str, arguments)))
+    except SystemExit as error:
+        got = error.code
+    line = capsys.readouterr().err
+    assert got == status and line.count("\n") == 1 and line.startswith("train.py: "), line
+    return line
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """command("--keep", 0.3, …) → the arguments of a small run."""
+    return lambda *flags, out="runs", model=tiny: small(model, tmp_path / out, *flags)
+
+
+@pytest.fixture
+def run(command):
+    """run("--keep", 0.3, …) → the folder of such a run, which has finished."""
+
+    def go(*flags, **where):
+        line = command(*flags, **where)
+        assert train.main(line) == 0
+        return only_folder(line[line.index("--out") + 1])
+
+    return go
+
+
+def run_script(folder, arguments, environment):
+    """Run train.py as a user does, from a folder and with some variables of the environment."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """start(arguments, RANK="0", …) → a process that runs train.py. It has another hash seed and another folder."""
+    folder, context = tmp_path_factory.mktemp("elsewhere"), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest"])  # the slow imports are done once, for all processes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        patch.setenv("PYTHONHASHSEED", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+
+    def go(arguments, **environment):
+        process = context.Process(target=run_script, args=(folder, arguments, environment), daemon=True)
+        process.start()
+        return process
+
+    yield go
+    assert not list(folder.iterdir()), "a run wrote to the current folder"
+
+
 # ---- raw files in every dataset's layout
 
 GLUE = ("cola", "sst2", "mrpc", "rte", "wnli", "qnli", "qqp", "mnli")
@@ -118,14 +264,10 @@ def make_raw(root, name):
 
     Returns {split: [(words, tags, label), …]}. In GLUE, the labels take turns instead.
     """
-    samples = demo.generate()["train"]
-    rows = zip(samples.texts, samples.tags, samples.labels)
+    rows = iter(demo_rows("train", 100))
     splits = {split: list(islice(rows, n)) for split, n in ROWS[name].items()}
-    write = {"snips": snips_files, "atis": atis_files, "mtop": mtop_files, "slurp": slurp_files}.get(name, glue_files)
-    for file, lines in write(name, splits).items():
-        path = root / DATASETS[name].folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(("\n".join(lines) + "\n").encode())
+    make = {"snips": snips_files, "atis": atis_files, "mtop": mtop_files, "slurp": slurp_files}.get(name, glue_files)
+    write(root / DATASETS[name].folder, make(name, splits))
     return splits
 
 

@@ -23,8 +23,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import numpy as np
 import torch
-from conftest import tiny_bert
-from test_train import assert_same_run, free_port, only_folder, small
+from conftest import assert_same_run, free_port, only_folder, small, tiny_bert
 
 import train
 
