@@ -6,6 +6,7 @@ import os
 import runpy
 import socket
 import sys
+from contextlib import contextmanager
 from functools import cache
 from itertools import count, cycle, islice
 from multiprocessing import forkserver
@@ -111,6 +112,14 @@ def demo_rows(split, size):
     """Return the first (words, tags, label) of a split of demo, as a list."""
     samples = demo.generate()[split]
     return list(islice(zip(samples.texts, samples.tags, samples.labels), size))
+
+
+@contextmanager
+def one_line(error, message=""):
+    """Expect an error of one short line that matches `message`."""
+    with pytest.raises(error, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
 # ---- small runs

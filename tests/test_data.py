@@ -3,46 +3,49 @@
 import hashlib
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from conftest import write
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from bench import padding
 from data import IGNORE, LOST, ModelError, Samples, batches, demo, encode, load, load_tokenizer, read, sorted_batches
 from data.encoding import number_names
 
 # ---- batches
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=400), st.integers(1, 40), st.integers(0, 3))
-def test_batches_hold_every_index_once(lengths, batch_size, seed):
-    """An epoch visits each chosen sample once, in as few batches as possible."""
-    lengths = np.array(lengths)
-    chosen = np.flatnonzero(np.random.default_rng(seed).random(len(lengths)) < 0.7)
-    batch_list = batches(lengths, chosen, batch_size, np.random.default_rng(seed), window=3)
-    assert sorted(np.concatenate([*batch_list, []])) == list(chosen)
-    assert len(batch_list) == -(-len(chosen) // batch_size)
-    assert all(1 <= len(batch) <= batch_size for batch in batch_list)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(1, 64), st.integers(0, 2**32))
+def test_batches_hold_every_chosen_index_once_and_are_of_one_size(lengths, size, seed):
+    """An epoch visits each chosen sample once, in as few batches as possible. The same seed gives the same batches."""
+    chosen = np.unique([0, *np.flatnonzero(np.random.default_rng(seed).random(len(lengths)) < 0.7)])
+    one, two = (batches(np.array(lengths), chosen, size, np.random.default_rng(seed), window=3) for _ in range(2))
+    assert sorted(np.concatenate(one)) == list(chosen) and len(one) == -(-len(chosen) // size)
+    assert max(map(len, one)) - min(map(len, one)) <= 1
+    assert all(map(np.array_equal, one, two))
 
 
-def padding(lengths, batch_list):
-    """Return the share of the computed tokens that is padding."""
-    return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batch_list)
-
-
-def test_batches_are_shuffled_by_seed_and_hardly_padded(demo_data):
-    """The same seed gives the same batches. Sorting by length saves most of the padding."""
+def test_batches_are_shuffled_and_hardly_padded(demo_data, rng):
+    """Sorting by length saves most of the padding."""
     lengths, everything = demo_data.train.lengths, np.arange(len(demo_data.train))
-    one, same, other = (batches(lengths, everything, 32, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert all(np.array_equal(a, b) for a, b in zip(one, same))
-    assert any(not np.array_equal(a, b) for a, b in zip(one, other))
+    one, two = (batches(lengths, everything, 32, rng) for _ in range(2))
+    assert not any(map(np.array_equal, one, two))
     assert padding(lengths, one) < 0.05
-    assert padding(lengths, np.random.default_rng(1).permutation(everything).reshape(-1, 32)) > 0.2
+    assert padding(lengths, rng.permutation(everything).reshape(-1, 32)) > 0.2
+
+
+def test_no_sample_weighs_more_because_of_its_length(rng):
+    """In the mean over a batch, a sample weighs 1 / B. A short last batch would favour the shortest texts."""
+    lengths, weights = np.arange(1010) // 10 + 3, np.zeros(1010)
+    for _ in range(400):
+        for batch in batches(lengths, np.arange(1010), 64, rng):
+            weights[batch] += 1 / len(batch) / 400
+    assert weights[:101].mean() == pytest.approx(weights[-101:].mean(), rel=2e-3)
 
 
 def test_batches_for_inference_start_with_the_longest_and_have_a_limit(demo_data):
@@ -106,16 +109,6 @@ def test_pairs_are_encoded_as_the_tokenizer_does(tokenizer):
     assert batch.tags is None
 
 
-def test_ids_above_int16_are_kept(tmp_path):
-    """The highest id decides about the type of the arrays, not the size of the vocabulary."""
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "wake": 2**15 - 1, "me": 2**15}
-    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
-    split = encode(Samples(["wake me"], ["a"]), tokenizer, 9, {"a": 0}, {})
-    assert split.tokens.tolist() == [2**15 - 1, 2**15]
-
-
 SENTENCES = ["wake me up at 7:30", "play some jazz", "what's the weather like", "text mom that i'm late", "up up up"]
 
 
@@ -126,8 +119,7 @@ def trained(folder, model, trainer, pre_tokenizer, normalizer=None):
     if normalizer:
         made.normalizer = normalizer
     made.train_from_iterator(SENTENCES * 3, trainer)
-    special = {"pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
     return folder
 
 
@@ -171,25 +163,21 @@ def test_names_only_test_has_come_after_those_of_train():
 # ---- what a user is told
 
 
-def write_tables(folder, **splits):
-    """Write .tsv files from {split: [label, …]}, with the texts "x 0", "x 1", …"""
-    for split, labels in splits.items():
-        rows = [f"x {i} now please\t{label}" for i, label in enumerate(labels)]
-        (folder / f"{split}.tsv").write_text("\n".join(["text\tlabel", *rows]))
-    return str(folder)
+def tables(**splits):
+    """Return .tsv files of {split: [label, …]}, with the texts "x 0", "x 1", …, as {name: lines}."""
+    return {f"{split}.tsv": ["text\tlabel", *(f"x {i} now please\t{label}" for i, label in enumerate(labels))]
+            for split, labels in splits.items()}  # fmt: skip
 
 
 def test_what_a_user_may_not_expect_is_said(tmp_path, tokenizer, capsys):
     """One label only, labels and tags that train lacks, and texts that are cut off."""
-    load(write_tables(tmp_path, train=["on"] * 16, dev=["on", "On", "off"]), tokenizer, max_length=4)
+    load(str(write(tmp_path / "a", tables(train=["on"] * 16, dev=["on", "On", "off"]))), tokenizer, max_length=4)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and all(line.startswith(str(tmp_path)) for line in said)
+    assert len(said) == 4 and all(line.startswith(f"{tmp_path}/a: ") for line in said)
     assert "'on'" in said[0] and "16 of 16 train" in said[1] and "2 of 3 dev" in said[2] and "3 of 3 dev" in said[3]
     for split, tags in (("train", "O O B-x"), ("dev", "B-y I-y B-x")):
-        (tmp_path / "joint" / split).mkdir(parents=True)
-        for file, text in (("seq.in", "a b c"), ("seq.out", tags), ("label", "on")):
-            (tmp_path / "joint" / split / file).write_text(text)
-    load(str(tmp_path / "joint"), tokenizer)
+        write(tmp_path / "b" / split, {"seq.in": "a b c", "seq.out": tags, "label": "on"})
+    load(str(tmp_path / "b"), tokenizer)
     (said,) = capsys.readouterr().out.splitlines()
     assert "2 dev words have a tag" in said
 
@@ -201,31 +189,24 @@ def test_what_a_user_may_not_expect_is_said(tmp_path, tokenizer, capsys):
 ])  # fmt: skip
 def test_a_split_without_known_labels_is_no_result(tmp_path, capsys, splits, left):
     """Test sets are often published with the label -1. Such a split is left out, and dev held out if it was dev."""
-    got = read(write_tables(tmp_path, train="ab" * 10, **splits))
+    got = read(str(write(tmp_path, tables(train="ab" * 10, **splits))))
     assert {name: len(split) for name, split in got.items()} == left
     said = capsys.readouterr().out
     assert ("left out" in said) == (left != {"train": 20, "dev": 2, "test": 2})
     assert ("held out" in said) == (left["train"] == 18)
 
 
-def test_samples_are_found_again_in_the_users_file(tmp_path):
-    """Samples.rows counts rows of the file, also after a part of train was held out."""
-    splits = read(write_tables(tmp_path, train="ab" * 10))
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_part_of_train_is_held_out_where_there_is_no_dev_and_to_tune(tmp_path, tune):
+    """--tune reads neither dev nor test. Samples.rows finds each sample again in the user's file."""
+    splits = read(str(write(tmp_path, tables(train="ab" * 10, **{"dev": "a", "test": "b"} if tune else {}))), tune=tune)
     for samples in splits.values():
         assert samples.texts == [f"x {row} now please" for row in samples.rows]
-    assert sorted(splits["train"].rows + splits["dev"].rows) == list(range(20)) and len(splits["dev"]) == 2
+    assert splits.keys() == {"train", "dev"} and len(splits["dev"]) == 2
+    assert sorted(splits["train"].rows + splits["dev"].rows) == list(range(20))
 
 
 # ---- demo
-
-
-def test_demo_is_what_it_says():
-    """Sizes, intents and slots, and a redundancy like that of real logs."""
-    splits = demo.generate()
-    assert {split: len(samples) for split, samples in splits.items()} == demo.SIZES
-    slots = {tag[2:] for tags in splits["train"].tags for tag in tags if tag != "O"}
-    assert len(set(splits["train"].labels)) == 7 and len(slots) == 32
-    assert 0.4 < len({" ".join(words) for words in splits["train"].texts}) / 4000 < 0.7
 
 
 def test_demo_errors_are_where_it_says(monkeypatch):
@@ -241,13 +222,6 @@ def test_demo_errors_are_where_it_says(monkeypatch):
 
 
 def test_demo_is_as_it_was():
-    """The published figures are of this data. Python's hash seed, which differs between runs, changes nothing."""
+    """The published figures are of this data. Python's hash seed changes nothing."""
     splits = [[s.texts, s.labels, s.tags] for s in demo.generate().values()]
     assert hashlib.sha256(json.dumps(splits).encode()).hexdigest().startswith("129c7f38944f767e")
-
-
-def test_a_folder_without_tokenizer_files_is_refused(tiny, tmp_path):
-    """transformers makes up a tokenizer that knows special tokens only: everything would be [UNK]."""
-    (tmp_path / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
-    with pytest.raises(ModelError):
-        load_tokenizer(str(tmp_path))

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import make_raw
+from conftest import make_raw, one_line
 
 import data
 import data.__main__
@@ -99,23 +99,15 @@ def tarred(members):
     return buffer.getvalue()
 
 
-def test_a_file_arrives_whole_and_is_not_fetched_again(server, tmp_path):
-    """Folders are made, and nothing but the file is left in them."""
-    for _ in range(2):
-        fetch(tmp_path / "new" / "mine", [server.file("a/b.txt", PAYLOAD)])
-    assert (tmp_path / "new/mine/a/b.txt").read_bytes() == PAYLOAD
-    assert left(tmp_path) == ["new/mine/a/b.txt"] and server.requests == ["/0/a/b.txt"]
+# ---- files
 
 
 @pytest.mark.parametrize("answer", [404, 500, 206, PAYLOAD[:-1] + b"x", b""])
 def test_a_transfer_that_fails_leaves_nothing_and_says_what_to_do(server, tmp_path, answer):
     """A broken or changed file never looks like data. The message names the address, the files and the folder."""
-    with pytest.raises(DataError) as caught:
+    with one_line(DataError, rf"{server.address}/0/b.txt .*first.txt, b.txt into {tmp_path} .*--data-dir"):
         fetch(tmp_path, [server.file("first.txt", b"fine", right=b"fine"), server.file("b.txt", answer)])
     assert left(tmp_path) == [] and server.requests.count("/0/b.txt") == download.ROUNDS
-    text = str(caught.value)
-    assert "\n" not in text and f"{server.address}/0/b.txt" in text
-    assert f"first.txt, b.txt into {tmp_path}" in text and "--data-dir" in text
 
 
 @pytest.mark.parametrize("answers", [[[206, PAYLOAD]], [[500, PAYLOAD]], [404, PAYLOAD], [b"changed", PAYLOAD]])
@@ -127,11 +119,11 @@ def test_a_failed_transfer_is_tried_again_and_elsewhere(server, tmp_path, answer
 
 def test_offline_and_silent_servers_are_given_up(server, tmp_path, monkeypatch):
     """A run on a machine without a network ends in one line, and soon."""
-    with pytest.raises(DataError, match=r"127.0.0.1:9/x .*refused"):
+    with one_line(DataError, r"127.0.0.1:9/x .*refused"):
         fetch(tmp_path, [download.File("x", "", ["http://127.0.0.1:9/x"])])
     monkeypatch.setattr(download, "TIMEOUT", 0.1)
     server.delay = 0.5
-    with pytest.raises(DataError, match="timed out"):
+    with one_line(DataError, "timed out"):
         fetch(tmp_path, [server.file("b.txt", PAYLOAD)])
 
 
@@ -148,11 +140,11 @@ def test_of_an_archive_only_named_members_are_taken(server, tmp_path, kind):
 
 @pytest.mark.parametrize("body", [
     b"no archive", zipped({"other": b""}), tarred({"other": b""}), tarred({"m.txt": PAYLOAD})[:500],
-    zipped({"m.txt": PAYLOAD})[:-20], zipped({"m.txt": PAYLOAD}).replace(b"\1\2\3\4", b"\1\2\3\3", 1),
+    zipped({"m.txt": PAYLOAD}).replace(b"\1\2\3\4", b"\1\2\3\3", 1),
 ])  # fmt: skip
 def test_an_archive_without_an_intact_member_is_refused(server, tmp_path, body):
     """Also where its hash is right."""
-    with pytest.raises(DataError, match=r"m\.txt"):
+    with one_line(DataError, r"m\.txt"):
         fetch(tmp_path, [server.file("m.txt", body, right=body, member="m.txt")])
     assert left(tmp_path) == []
 
@@ -160,16 +152,19 @@ def test_an_archive_without_an_intact_member_is_refused(server, tmp_path, body):
 @pytest.mark.parametrize("folder", ["/proc/nope", __file__])
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(server, folder):
     """No traceback, and no transfer."""
-    with pytest.raises(DataError, match=folder) as caught:
+    with one_line(DataError, folder):
         fetch(folder, [server.file("b.txt", PAYLOAD)])
-    assert "\n" not in str(caught.value) and server.requests == []
+    assert server.requests == []
 
 
-def test_files_that_are_there_are_not_replaced(server, tmp_path):
-    """A user's own copy stays."""
+def test_only_what_is_not_there_is_fetched(server, tmp_path):
+    """Folders are made, and a user's own copy stays. Nothing but the files is left."""
+    files = [server.file("a.txt", PAYLOAD), server.file("c/b.txt", b"theirs", right=b"theirs")]
     (tmp_path / "a.txt").write_text("my own")
-    fetch(tmp_path, [server.file("a.txt", PAYLOAD), server.file("b.txt", b"theirs", right=b"theirs")])
-    assert [(tmp_path / name).read_text() for name in ("a.txt", "b.txt")] == ["my own", "theirs"]
+    for _ in range(2):
+        fetch(tmp_path, files)
+    assert [(tmp_path / name).read_text() for name in left(tmp_path)] == ["my own", "theirs"]
+    assert left(tmp_path) == ["a.txt", "c/b.txt"] and server.requests.count("/0/c/b.txt") == 1
 
 
 def test_two_processes_fetch_once(server, tmp_path):
@@ -224,10 +219,10 @@ def test_glue_archives_that_were_zipped_again_are_accepted_by_their_rows(publish
     assert len(data.read("rte", tmp_path / "raw")["train"]) == 60
     assert "warning: " in capsys.readouterr().err
     published("cola", (61, 10), right=b"before")
-    with pytest.raises(DataError, match=r"cola: .*\(60, 10\) .*\(61, 10\)"):
+    with one_line(DataError, r"cola: .*\(60, 10\) .*\(61, 10\)"):
         data.read("cola", tmp_path / "raw")
     published("mrpc", (60, 10), right=b"before")
-    with pytest.raises(DataError, match="sha256"):
+    with one_line(DataError, "sha256"):
         data.read("mrpc", tmp_path / "raw")
     assert left(tmp_path / "raw") == ["glue/RTE/dev.tsv", "glue/RTE/train.tsv"]
 
@@ -237,12 +232,11 @@ def test_the_command_lists_and_fetches(published, tmp_path, capsys):
     published("cola", (60, 10))
     where = ["--data-dir", str(tmp_path / "raw")]
     assert data.__main__.main(where) == 0
-    before = capsys.readouterr().out
-    assert all(re.search(rf"^{name} .*\bno$", before, re.M) for name in DATASETS if name != "demo")
+    assert re.search(r"^cola .*\bno$", capsys.readouterr().out, re.M)
     assert data.__main__.main(["cola", *where]) == data.__main__.main(where) == 0
-    assert re.search(rf"^cola +classification +60 / 10 .*{tmp_path}/raw/glue/CoLA$", capsys.readouterr().out, re.M)
+    assert re.search(rf"^cola .*{tmp_path}/raw/glue/CoLA$", capsys.readouterr().out, re.M)
     assert data.__main__.main(["nope"]) == 2
-    assert "nope" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_every_file_has_an_address_and_its_right_hash(raw):

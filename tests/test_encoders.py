@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from data import DEFAULT_MODEL, Dataset, ModelError, Samples, encode, load_tokenizer
 from data.encoding import local_copy
@@ -78,7 +82,7 @@ def trained(folder, samples, steps=2, precision="fp32"):
     return model.eval(), data.evaluation["dev"], data
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["joint", "pairs"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_encoder_trains_and_predicts_the_same_after_loading(build, tmp_path, kind, task):
     """A run's metrics are those of its saved model. `predict` gives the same names."""
@@ -100,14 +104,15 @@ def test_a_classifier_learns(build, kind, task, precision):
     assert np.mean(predictions(model, dev)[0] == dev.labels.numpy()) > 0.9
 
 
-@pytest.mark.parametrize("words", [0, 2**15])
-def test_tables_beyond_int16_train(build, tmp_path, words):
-    """The table may be larger than the tokenizer, and a tokenizer may have ids of 32,768 and up."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"x{i}" for i in range(words)), *" ".join(TEXTS).split()]
-    (tmp_path / "vocab.txt").write_text("\n".join(dict.fromkeys(names)))
-    AutoConfig.for_model("bert").save_pretrained(tmp_path)
-    model, dev, _ = trained(build("bert", AutoTokenizer.from_pretrained(tmp_path), vocab_size=40_000), TASKS["joint"])
-    assert dev.tokens.max() > words and len(predictions(model, dev)[0]) == 16
+@pytest.mark.parametrize("first", [4, 2**15 - 1])
+def test_tables_beyond_int16_train(build, first):
+    """A table may be larger than its vocabulary. A few words may have ids of 32,768 and up."""
+    names = {"[PAD]": 0, "[UNK]": 1} | {name: first + i for i, name in enumerate(sorted(set(" ".join(TEXTS).split())))}
+    made = Tokenizer(WordLevel(names, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+    model, dev, _ = trained(build("bert", tokenizer, vocab_size=40_000), TASKS["joint"])
+    assert dev.tokens.max() == max(names.values()) and len(predictions(model, dev)[0]) == 16
 
 
 # ---- refusals
@@ -126,9 +131,8 @@ def test_an_encoder_that_cannot_work_is_refused_in_one_line(build, tiny, kind, f
     tokenizer.add_special_tokens({"pad_token": tokenizer.pad_token})
     folder = build(kind, tokenizer, **{flag: value for flag, value in flags.items() if flag != "pad"})
     tokenizer = load_tokenizer(folder)
-    with pytest.raises(ModelError) as caught:
+    with one_line(ModelError, f"--model {folder}"):
         build_model(folder, tokenizer, dataset(tokenizer, TASKS[task]), 0, precision)
-    assert "\n" not in str(caught.value) and f"--model {folder}" in str(caught.value)
 
 
 def test_an_encoder_with_weights_missing_is_refused(build, tmp_path):
@@ -136,15 +140,16 @@ def test_an_encoder_with_weights_missing_is_refused(build, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"layer\.1\.output\.dense\.weight"):
+    with one_line(ModelError, r"layer\.1\.output\.dense\.weight"):
         load_encoder(str(folder))
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, load_encoder, NLUModel.load])
-def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, load):
-    for content in ("{", '{"model_type": "no-such-model"}', "[]"):
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tiny, tmp_path, load):
+    """With a right config.json alone, transformers would make up a tokenizer to which every word is unknown."""
+    for content in ("{", '{"model_type": "no-such-model"}', "[]", Path(tiny, "config.json").read_text()):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ModelError, match=r"^[^\n]*$"):
+        with one_line(ModelError):
             load(str(tmp_path))
 
 

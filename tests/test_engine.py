@@ -1,18 +1,15 @@
-"""Each fast function agrees with its slow, obvious twin: operations, encoder, embedding, optimizer, batches."""
+"""Each fast function agrees with its slow, obvious twin: operations, encoder, embedding, optimizer."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.optim import AdamW
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import bench
 import engine
-from data import batches
 from engine import FlatAdamW, dropout, limit_vocabulary, linear, norm, restore_vocabulary, set_matmul_backend, softmax
 from models import build_model, infer, losses
 
@@ -151,26 +148,6 @@ def test_bf16_trains_a_rounded_copy_and_leaves_fp32_weights(model, demo_data):
     assert not optimizer.master.grad.any()
     optimizer.release()
     assert torch.equal(weights(), optimizer.master)
-
-
-# ---- batches
-
-
-@given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 2**32))
-def test_batches_hold_every_sample_once_and_are_of_one_size(n, size, seed):
-    lengths = np.random.default_rng(seed).integers(3, 60, n)
-    parts = batches(lengths, np.arange(n), size, np.random.default_rng(seed))
-    assert sorted(np.concatenate(parts)) == list(range(n)) and len(parts) == -(-n // size)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_no_sample_weighs_more_because_of_its_length(rng):
-    """In the mean over a batch, a sample weighs 1 / B. The last, short batch used to hold the shortest texts."""
-    lengths, weights = np.arange(1010) // 10 + 3, np.zeros(1010)
-    for _ in range(400):
-        for batch in batches(lengths, np.arange(1010), 64, rng):
-            weights[batch] += 1 / len(batch) / 400
-    assert weights[:101].mean() == pytest.approx(weights[-101:].mean(), rel=2e-3)
 
 
 def test_the_benchmark_gives_its_figures(tiny, tmp_path):

@@ -1,82 +1,35 @@
-"""The command line: what is refused, what every flag changes, and that the learning rate never leaves [0, lr]."""
+"""The command line: what is refused, and that every flag changes a run."""
 
 import copy
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from test_train import data_folder, log_of, only_folder, refused, rounds_of
+from conftest import data_folder, log_of, only_folder, refused, rounds_of
 
 import flags
 import runs
 import train
 from data import load
 from models import build_model
-from pruning import Plan
-from scoring import METHODS
 
-BAD = {  # flags: a word of the message
-    "--dataset nope": "--dataset", "--method nope": "--method", "--keep 0": "--keep", "--keep 1": "--keep",
-    "--keep nan": "--keep", "--keep half": "--keep", "--epochs 0": "--epochs", "--epochs 2.5": "--epochs",
-    "--full-epochs 0": "--full-epochs", "--full-epochs 10": "--epochs", "--full-epochs 5 --full-end 5": "--epochs",
-    "--selection static --full-end 10": "--epochs", "--full-end -1": "--full-end", "--class-floor -1": "--class-floor",
-    "--cycle 0": "--cycle", "--batch-size 0": "--batch-size", "--offset 0.6": "--offset", "--offset -0.1": "--offset",
-    "--ema 0": "--ema", "--std-weight -1": "--std-weight", "--lr 0": "--lr", "--lr inf": "--lr", "--clip 0": "--clip",
-    "--clip inf": "--clip", "--seed -1": "--seed", "--max-length 2": "--max-length", "--max-train 0": "--max-train",
-    "--save-every 0": "--save-every", "--device meta": "--device", "--device nope": "--device",
-    "--precision fp8": "--precision", "--ep 3": "--ep", "--no-such-flag": "--no-such-flag",
-    "--method full --keep 0.2": "--keep", "--ema 1 --std-weight 2": "--std-weight",
-    "--method infobatch --epochs 2": "--epochs",
-}  # fmt: skip
+BAD = [
+    "--dataset nope", "--method nope", "--keep 0", "--keep 1", "--keep nan", "--keep half", "--epochs 0",
+    "--epochs 2.5", "--full-epochs 0", "--epochs 10 --full-epochs 10", "--epochs 10 --full-epochs 5 --full-end 5",
+    "--epochs 10 --selection static --full-end 10", "--full-end -1", "--class-floor -1", "--cycle 0", "--batch-size 0",
+    "--offset 0.6", "--offset -0.1", "--ema 0", "--std-weight -1", "--lr 0", "--lr inf", "--clip 0", "--clip inf",
+    "--seed -1", "--max-length 2", "--max-train 0", "--save-every 0", "--device meta", "--device nope", "--ep 3",
+    "--keep 0.2 --method full", "--std-weight 2 --ema 1", "--epochs 2 --method infobatch",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("line", "word"), BAD.items())
-def test_flags_that_make_no_sense_are_refused_in_one_line(line, word, capsys):
-    assert word in refused(capsys, line.split())
+@pytest.mark.parametrize("line", BAD)
+def test_flags_that_make_no_sense_are_refused_by_name_in_one_line(line, capsys):
+    assert line.split()[0] in refused(capsys, line.split())
 
 
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--help"])
-    names = {action.option_strings[0] for action in flags.parser("")._actions if action.help != "==SUPPRESS=="}
-    shown = capsys.readouterr().out
-    assert caught.value.code == 0 and all(name in shown for name in names)
-
-
-def test_the_default_learning_rate_depends_on_the_task(tmp_path):
-    table, words = tmp_path / "table", tmp_path / "words"
-    table.mkdir()
-    (words / "train").mkdir(parents=True)
-    rates = [flags.parse(["--dataset", str(name)], "").lr for name in ("demo", "mtop", words, "rte", "sst2", table)]
-    assert rates == [2e-4] * 3 + [1e-4] * 3
-    assert flags.parse(["--dataset", "rte", "--lr", "3e-5"], "").lr == 3e-5
-
-
-# ---- the learning rate
-
-COUNT = st.integers(1, 12).map(str)
-VALUES = {"--epochs": COUNT, "--full-epochs": st.integers(0, 12).map(str), "--full-end": st.integers(0, 5).map(str),
-          "--cycle": COUNT, "--selection": st.sampled_from(["static", "dynamic"]), "--sample": st.just(None),
-          "--schedule": st.sampled_from(["linear", "constant"])}  # fmt: skip
-
-
-@settings(max_examples=50)
-@given(st.sampled_from(METHODS), st.fixed_dictionaries({}, optional=VALUES), st.integers(1, 5))
-def test_the_learning_rate_stays_within_0_and_lr(method, given_flags, steps):
-    """In each training it begins at lr and, unless it is constant, falls with every step."""
-    line = [part for flag, value in given_flags.items() for part in (flag, value) if part is not None]
-    try:
-        args = flags.parse(["--method", method, *line], "")
-    except SystemExit:
-        assume(False)
-    plan = Plan(args.epochs, args.full_epochs, args.cycle, args.full_end, args.selection == "static")
-    rates = [train.learning_rate(args, plan.progress(step / steps)) for step in range(plan.total * steps)]
-    cut = args.full_epochs * steps if plan.static else 0
-    for training in (rates[:cut], rates[cut:]):
-        assert all(0 < rate <= args.lr for rate in training) and training[:1] in ([], [args.lr])
-        assert args.schedule == "constant" or all(later < rate for rate, later in pairwise(training))
+def test_the_help_can_be_printed():
+    """A % in a help text would be an error."""
+    assert "--keep" in flags.parser("").format_help()
 
 
 # ---- every flag changes the run, or is refused

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import ROWS, make_raw
+from conftest import ROWS, make_raw, write
 
 from data import DataError, encode, find
 from data.encoding import number_names
@@ -70,12 +70,9 @@ def check(name, source, folder, tokenizer):
 @pytest.mark.parametrize("name", [*ROWS, *OWN])
 def test_damaged_input_is_valid_or_refused_in_one_line(tmp_path, tokenizer, name):
     """Mutated files of every dataset and every kind of a user's own give samples, or a DataError of one line."""
-    for file, text in OWN.get(name, {}).items():
-        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name / file).write_text(text)
     if name in ROWS:
         make_raw(tmp_path, name)
-    source, folder = find(name if name in ROWS else str(tmp_path / name), tmp_path)
+    source, folder = find(name if name in ROWS else str(write(tmp_path / name, OWN[name])), tmp_path)
     check(name, source, folder, tokenizer)
     rng, refused = np.random.default_rng(0), 0
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT, write
+from scipy import stats
 
 import compare
 import data
 import report
-
-ROOT = Path(__file__).parent.parent
 
 
 def row(method="el2n", seed=0, accuracy=90.0, cost=6.0, dev=None, **args):
@@ -62,9 +60,8 @@ def test_the_envelope_is_the_highest_line_between_runs_that_cost_no_more(seed):
     assert compare.at_cost(corners, costs[0] - 0.1) == []  # never extrapolated below the smallest cost
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 10])
+@pytest.mark.parametrize("n", [2, 3, 10])
 def test_intervals_are_those_of_student(n):
-    stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(n).normal(size=n)
     low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
     assert compare.half_width(values) == pytest.approx((high - low) / 2, rel=1e-3)
@@ -81,18 +78,15 @@ def test_differences_are_paired_by_seed():
     assert report.gain([1.0], 1) == "+1.00"  # one value has no interval
 
 
-def test_equal_time_is_the_same_weights_for_every_seed():
-    rows = [*full(10, [90, 94]), *full(5, [80, 90]), row(seed=0, accuracy=89, cost=6), row(seed=1, accuracy=93, cost=8)]
+@pytest.mark.parametrize(("rows", "gains"), [
+    ([*full(10, [90, 94]), *full(5, [80, 90]), row(seed=0, accuracy=89, cost=6), row(seed=1, accuracy=93, cost=8)],
+     [89 - 84, 93 - 91.6]),  # in the mean at 7 epochs: 0.6 and 0.4 of the two baselines, for every seed
+    ([*full(10, [88]), *full(5, [90]), *full(3, [80]), row(accuracy=91, cost=7)], [1]),  # the curve never falls
+    ([*full(10, [90]), *full(5, [80]), row(cost=4)], []),  # and is not extrapolated
+])  # fmt: skip
+def test_equal_time_is_on_the_curve_of_full_data(rows, gains):
     task, arm = only(rows)
-    assert arm.cost == 7 and task.time(arm) == 70
-    assert task.to_equal_time(arm) == pytest.approx([89 - 84, 93 - 91.6])
-
-
-def test_equal_time_never_falls_and_is_not_extrapolated():
-    task, arm = only([*full(10, [88]), *full(5, [90]), *full(3, [80]), row(accuracy=91, cost=7)])
-    assert task.to_equal_time(arm) == pytest.approx([1])
-    task, arm = only([*full(10, [90]), *full(5, [80]), row(cost=4)])
-    assert task.to_equal_time(arm) == [] and task.to_full(arm) == [0]
+    assert task.to_equal_time(arm) == pytest.approx(gains)
 
 
 def test_full_data_has_the_learning_rate_that_is_best_on_dev_over_common_seeds():
@@ -151,46 +145,40 @@ def test_seconds_are_a_mean_only_within_one_machine():
 # ---- files
 
 
-def write(path, *rows):
-    path.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in rows))
-    return str(path)
+def row_file(folder, *rows):
+    """Write rows to a file. Returns its path."""
+    write(folder, {"a.jsonl": [one if isinstance(one, str) else json.dumps(one) for one in rows]})
+    return str(folder / "a.jsonl")
 
 
 @pytest.mark.parametrize("change", [
-    {"args": None}, {"args": []}, {"dev": {}}, {"test": {}}, {"test": {"frame_acc": "90"}}, {"seconds": {}},
-    {"test": {"frame_acc": float("nan")}}, {"test": {"frame_acc": 10**400}}, {"seconds": {"total": 0}},
-    {"full_epoch_seconds": "9"}, {"full_epoch_seconds": -1}, {"environment": 5}, {"dev_mismatched": 5},
-    {"args": {**row()["args"], "epochs": 0}}, {"args": {**row()["args"], "keep": "a"}},
+    {"args": None}, {"args": []}, {"dev": {}}, {"test": {"frame_acc": "90"}}, {"test": {"frame_acc": float("nan")}},
+    {"test": {"frame_acc": 10**400}}, {"seconds": {}}, {"seconds": {"total": 0}}, {"full_epoch_seconds": "9"},
+    {"environment": 5}, {"dev_mismatched": 5}, {"args": {**row()["args"], "epochs": 0}},
     {"args": {**row()["args"], "seed": []}}, {"args": {**row()["args"], "dataset": ["d"]}},
 ])  # fmt: skip
 def test_damaged_rows_are_named_and_skipped(tmp_path, capsys, change):
     damaged = {**row(), **change}, json.dumps(row())[:50], "5", "[" * 100000
-    path = write(tmp_path / "a.jsonl", row(), *damaged, row(seed=2))
+    path = row_file(tmp_path, row(), *damaged, row(seed=2))
     assert [kept["args"]["seed"] for kept in compare.read_rows([path])] == [0, 2]
     warnings = capsys.readouterr().err.splitlines()
     assert [warning.split(":")[2] for warning in warnings] == ["2", "3", "4", "5"]
 
 
 def test_a_folder_of_runs_is_read(tmp_path, capsys):
-    for i, seed in enumerate((0, 1)):
-        (tmp_path / f"run{i}").mkdir()
-        write(tmp_path / f"run{i}" / "result.json", row(seed=seed))
+    """Stopped runs and odd folders are passed over. Nothing to report is an error."""
     (tmp_path / "stopped").mkdir()
     (tmp_path / "odd" / "result.json").mkdir(parents=True)
+    for nothing in (tmp_path, tmp_path / "absent.jsonl"):
+        assert report.main([str(nothing)]) == 2
+    write(tmp_path, {f"run{seed}/result.json": [json.dumps(row(seed=seed))] for seed in (0, 1)})
     assert report.main([str(tmp_path)]) == 0
     assert "highest EL2N" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [".", "absent.jsonl", "empty.jsonl"])
-def test_nothing_to_report_is_an_error(tmp_path, capsys, name):
-    (tmp_path / "empty.jsonl").touch()
-    assert report.main([str(tmp_path / name)]) == 2
-    assert "no finished run here" in capsys.readouterr().err
-
-
 def test_text_cannot_break_out_of_a_table(tmp_path, capsys):
     evil = "a | $b$\n| c\\| d\x1b[31m"
-    path = write(tmp_path / "a.jsonl", row("full", dataset=evil, clip=evil), row("full", dataset=evil, clip=1.0))
+    path = row_file(tmp_path, row("full", dataset=evil, clip=evil), row("full", dataset=evil, clip=1.0))
     assert report.main([path, "--to", str(tmp_path / "to")]) == 0
     for page in ("headline.md", "results.md"):
         tables = [line for line in (tmp_path / "to" / page).read_text().splitlines() if line.startswith("|")]
@@ -199,21 +187,15 @@ def test_text_cannot_break_out_of_a_table(tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_pages_and_picture_are_reproducible(tmp_path):
-    pytest.importorskip("matplotlib")
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_pages_are_written_and_a_picture_where_matplotlib_is_installed(tmp_path, monkeypatch, matplotlib):
+    if not matplotlib:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
     rows = [*full(10, [90, 91]), *full(5, [80, 82]), row(), row(seed=1), row(keep=0.2, accuracy=10), row("infobatch")]
-    path = write(tmp_path / "a.jsonl", *rows)
-    made = []
-    for _ in range(2):
-        assert report.main([path, "--to", str(tmp_path / "to")]) == 0
-        made.append({file.name: file.read_bytes() for file in (tmp_path / "to").iterdir()})
-    assert made[0] == made[1] and set(made[0]) == {"headline.md", "results.md", "figure.svg", "figure.png"}
-
-
-def test_without_matplotlib_there_are_pages(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert report.main([write(tmp_path / "a.jsonl", *full(10, [90])), "--to", str(tmp_path / "to")]) == 0
-    assert "figure" not in (tmp_path / "to" / "results.md").read_text()
+    assert report.main([row_file(tmp_path, *rows), "--to", str(tmp_path / "to")]) == 0
+    pictures = {"figure.svg", "figure.png"} if matplotlib else set()
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {"headline.md", "results.md"} | pictures
+    assert ("figure.svg" in (tmp_path / "to" / "results.md").read_text()) == matplotlib
 
 
 def test_a_report_needs_no_torch():
@@ -240,56 +222,50 @@ def configure(folder, args, digest=None):
 
 @pytest.fixture
 def pruned(tmp_path):
-    """Return the folder of a run on a small dataset of the user's, and its scores."""
-    mine, folder = tmp_path / "mine", tmp_path / "runs" / "a run"
+    """Return the folder of a run on a small dataset of the user's, and its flags. Sample i has the score -i."""
+    folder = tmp_path / "a run"
     for split, n in (("train", 40), ("dev", 2)):
         lines = {"seq.in": "play | song{}", "seq.out": "O O B-song", "label": "Play{}"}
-        (mine / split).mkdir(parents=True)
-        for name, line in lines.items():
-            (mine / split / name).write_text("".join(line.format(i) + "\n" for i in range(n)))
+        write(tmp_path / "mine" / split, {name: map(line.format, range(n)) for name, line in lines.items()})
     (folder / "rounds").mkdir(parents=True)
-    args = {"dataset": str(mine), "data_dir": None, "method": "el2n", "max_train": None}
+    args = {"dataset": str(tmp_path / "mine"), "data_dir": None, "method": "el2n", "max_train": None}
     configure(folder, args)
-    scores = np.random.default_rng(0).random((2, 40))
-    for epoch in (0, 1):
-        np.savez(folder / "rounds" / f"epoch-{epoch + 3:03}.npz", scores=scores[epoch], importance=scores[epoch],
-                 keep=scores[epoch] > 0.5)  # fmt: skip
-    return SimpleNamespace(folder=folder, args=args, scores=scores[1])
+    np.savez(folder / "rounds" / "epoch-003.npz", scores=np.arange(40))
+    np.savez(folder / "rounds" / "epoch-004.npz", scores=-np.arange(40))
+    return folder, args
 
 
 def test_the_highest_scores_are_shown_in_words(pruned, tmp_path, capsys):
-    assert report.main([str(pruned.folder), "--errors", "3", "--to", str(tmp_path / "to")]) == 0
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    for line, i in zip(lines, np.argsort(-pruned.scores)):
+    """They are those of the last selection."""
+    assert report.main([str(pruned[0]), "--errors", "3", "--to", str(tmp_path / "to")]) == 0
+    for i, line in enumerate(capsys.readouterr().out.splitlines()[-3:]):
         assert line.split()[0] == str(i) and line.endswith(f"play | [song{i}: B-song]") and f"Play{i} " in line
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"likely_errors.md"}
 
 
 def test_rows_are_those_of_the_users_file_under_max_train(pruned, capsys):
-    configure(pruned.folder, {**pruned.args, "max_train": 10})
-    ten = np.arange(10)
-    np.savez(pruned.folder / "rounds" / "epoch-009.npz", scores=ten, importance=ten, keep=ten)
-    assert report.main([str(pruned.folder)]) == 0
+    folder, args = pruned
+    configure(folder, {**args, "max_train": 10})
+    np.savez(folder / "rounds" / "epoch-009.npz", scores=np.arange(10))
+    assert report.main([str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()[-10:]
     assert all(f"song{line.split()[0]}: " in line for line in lines) and len({line.split()[0] for line in lines}) == 10
 
 
-@pytest.mark.parametrize("args", [{"method": "random"}, {"max_train": 10}, {"dataset": "absent"}])
-def test_scores_that_say_nothing_are_refused_in_one_line(pruned, capsys, args):
-    configure(pruned.folder, {**pruned.args, **args}, "any")
-    assert report.main([str(pruned.folder)]) == 2
+@pytest.mark.parametrize(("change", "digest"), [
+    ({"method": "random"}, None), ({"max_train": 10}, None), ({"dataset": "absent"}, "any"), ({}, "of other samples"),
+])  # fmt: skip
+def test_scores_that_say_nothing_are_refused_in_one_line(pruned, capsys, change, digest):
+    folder, args = pruned
+    configure(folder, {**args, **change}, digest)
+    assert report.main([str(folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_scores_of_samples_that_have_changed_are_refused(pruned, capsys):
-    configure(pruned.folder, pruned.args, "another digest")
-    assert report.main([str(pruned.folder)]) == 2 and "changed" in capsys.readouterr().err
-
-
 def test_a_damaged_selection_and_a_run_without_any_are_refused_in_one_line(pruned, capsys):
-    for path in sorted((pruned.folder / "rounds").iterdir(), reverse=True):
+    for path in sorted(pruned[0].glob("rounds/*"), reverse=True):
         path.write_bytes(b"PK damaged")
-        assert report.main([str(pruned.folder)]) == 2
+        assert report.main([str(pruned[0])]) == 2
         path.unlink()
-    assert report.main([str(pruned.folder)]) == 2
+    assert report.main([str(pruned[0])]) == 2
     assert capsys.readouterr().err.count("\n") == 3
