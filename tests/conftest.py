@@ -6,6 +6,7 @@ import os
 import runpy
 import socket
 import sys
+import time
 from contextlib import contextmanager
 from functools import cache
 from itertools import count, cycle, islice
@@ -115,7 +116,7 @@ def demo_rows(split, size):
 
 
 @contextmanager
-def one_line(error, message=""):
+def one_line(error, message="."):
     """Expect an error of one short line that matches `message`."""
     with pytest.raises(error, match=message) as caught:
         yield
@@ -215,18 +216,39 @@ def run(command):
     return go
 
 
-def run_script(folder, arguments, environment):
-    """Run train.py as a user does, from a folder and with some variables of the environment."""
+@pytest.fixture(scope="session")
+def whole(tiny, tmp_path_factory):
+    """whole("--keep", 0.3, …) → the folder of such a run, which nothing happened to. It is made once."""
+
+    @cache
+    def go(*flags):
+        out = tmp_path_factory.mktemp("whole")
+        assert train.main(small(tiny, out, *flags)) == 0
+        return only_folder(out)
+
+    return go
+
+
+def run_script(folder, log, arguments, before, environment):
+    """Run train.py as a user does, from a folder and with some variables of the environment. log: of its output."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = ["train.py", *arguments]
+    before()
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """start(arguments, RANK="0", …) → a process that runs train.py. It has another hash seed and another folder."""
-    folder, context = tmp_path_factory.mktemp("elsewhere"), multiprocessing.get_context("forkserver")
+    """start(arguments, RANK="0", …) → a process that runs train.py. It has another hash seed and another folder.
+
+    before: a function that the process calls first.
+    """
+    folder, logs = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("logs")
+    context, numbers = multiprocessing.get_context("forkserver"), count()
     context.set_forkserver_preload(["conftest"])  # the slow imports are done once, for all processes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
@@ -234,13 +256,35 @@ def start(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
 
-    def go(arguments, **environment):
-        process = context.Process(target=run_script, args=(folder, arguments, environment), daemon=True)
+    def go(arguments, before=int, **environment):
+        log = logs / str(next(numbers))
+        process = context.Process(target=run_script, args=(folder, log, arguments, before, environment), daemon=True)
+        process.log = log
         process.start()
         return process
 
     yield go
     assert not list(folder.iterdir()), "a run wrote to the current folder"
+
+
+def ended(process):
+    """Wait for a process. Returns its exit status, or minus the signal that killed it.
+
+    With status 2, 130 or 143 it must have said why in one line, else nothing, and never with a traceback.
+    """
+    process.join(120)
+    assert process.exitcode is not None, "a run hangs"
+    log = process.log.read_text()
+    lines = sum(line.startswith("train.py:") for line in log.splitlines())
+    assert "Traceback" not in log and lines == (process.exitcode in (2, 130, 143)), log
+    return process.exitcode
+
+
+def await_checkpoint(process, out):
+    """Wait until a process has saved a checkpoint below `out`."""
+    while not list(out.glob("*/checkpoint.pt")):
+        assert process.is_alive(), process.log.read_text()
+        time.sleep(0.002)
 
 
 # ---- raw files in every dataset's layout

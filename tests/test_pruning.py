@@ -35,7 +35,7 @@ def test_a_static_plan_selects_once_and_starts_again():
     assert Plan(4, 0, static=True).selects_before(0) and not Plan(4, 0, static=True).restarts_before(0)
 
 
-@pytest.mark.parametrize("epochs", range(1, 101))
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 8, 9, 10, 16, 17, 40, 100])
 def test_infobatch_prunes_in_the_epochs_of_its_authors(epochs):
     """Qin et al. prune in epoch e (from 0) while e + 1 ≤ 0.875 E. Epoch 0 has no losses yet, so it keeps everything."""
     wanted = [e for e in range(1, epochs) if e + 1 <= 0.875 * epochs]

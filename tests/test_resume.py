@@ -5,31 +5,19 @@ import os
 import re
 import shutil
 import signal
-import time
-from functools import cache
 
 import pytest
 import torch
-from conftest import GPU, assert_same_run, data_folder, log_of, only_folder, refused, row_of, small
+
+from conftest import (  # isort: skip
+    GPU, assert_same_run, await_checkpoint, data_folder, ended, log_of, only_folder, refused, row_of, small,
+)  # fmt: skip
 from transformers import BertModel
 
 import runs
 import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    """whole("--keep", "0.3", …) → the folder of such a run that nothing happened to."""
-
-    @cache
-    def go(*flags):
-        out = tmp_path_factory.mktemp("whole")
-        assert train.main(small(tiny, out, *flags)) == 0
-        return only_folder(out)
-
-    return go
 
 
 def stopped(monkeypatch, command, epoch, before_checkpoint=False):
@@ -79,14 +67,12 @@ def test_a_stopped_run_on_a_gpu_goes_on_up_to_rounding(command, whole, monkeypat
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_another_process_goes_on_with_one_that_a_signal_ended(start, command, whole, tmp_path, number, status):
     """The first one had another hash seed and another current folder."""
-    process, ends = start(command()), time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
-        assert process.is_alive() and time.monotonic() < ends
-        time.sleep(0.002)
+    process = start(command())
+    await_checkpoint(process, tmp_path / "runs")
     os.kill(process.pid, number)
-    process.join(60)
+    assert ended(process) == status
     folder = only_folder(tmp_path / "runs")
-    assert process.exitcode == status and not (folder / "result.json").exists()
+    assert not (folder / "result.json").exists()
     assert train.main(command("--resume")) == 0
     assert_same_run(folder, whole())
 

@@ -10,7 +10,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import GPU, ROOT, assert_same_run, data_folder, free_port, log_of, only_folder, refused, rounds_of, row_of
+
+from conftest import (  # isort: skip
+    GPU, ROOT, assert_same_run, data_folder, ended, free_port, log_of, only_folder, refused, rounds_of, row_of,
+)  # fmt: skip
 
 import scoring
 import train
@@ -147,9 +150,7 @@ def test_two_processes_do_what_one_does(run, command, start, tiny, tmp_path):
         world["MASTER_PORT"] = str(free_port())  # these are the variables that torchrun sets
         line = command(*flags, model=still, out=f"two-{method}")
         pair = [start(line, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
-        for process in pair:
-            process.join(120)
-        assert [process.exitcode for process in pair] == [0, 0]
+        assert list(map(ended, pair)) == [0, 0]
         two, one = only_folder(tmp_path / f"two-{method}"), run(*flags, model=still, out=method)
         assert [row_of(folder)["environment"]["processes"] for folder in (two, one)] == [2, 1]
         for name, arrays in rounds_of(one).items():
