@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import one_line
 from torch.nn import functional as F
 
 from data import IGNORE, LOST, ModelError, Samples, encode, load_tokenizer
-from models import NLUModel, build_model, infer, losses, predictions
+from models import NLUModel, build_model, losses, predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,13 +20,6 @@ def test_losses_agree_with_one_utterance_at_a_time(model, demo_data):
         slots = sum(F.cross_entropy(tag_logits[i, t], batch.tags[i, t]).item() for t in words)
         intent = F.cross_entropy(logits[i], batch.labels[i]).item()
         assert loss.item() == pytest.approx(0.5 * intent + 0.5 * slots, rel=1e-5)
-
-
-def test_inference_is_without_dropout_and_leaves_the_mode_alone(model, demo_data):
-    dev, parts = demo_data.evaluation["dev"], [np.arange(99), np.arange(99, 120)]
-    one, two = (torch.cat([outputs[0] for _, outputs in infer(model.train(), dev, parts)]) for _ in range(2))
-    assert torch.equal(one, two) and model.training
-    assert not torch.equal(model(dev.batch(parts[0]))[0], one[:99])
 
 
 def test_predictions_are_in_dataset_order_with_lost_words_marked(model, tokenizer):

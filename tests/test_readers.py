@@ -38,15 +38,6 @@ def test_real_files_hold_what_is_official(raw, name):
         assert wanted in (None, len(found))
 
 
-def test_atis_has_no_sentence_boundaries_and_a_dev_set_from_train(raw, tokenizer):
-    """What the layout adds to the words is removed. Labels that only test has cannot be predicted."""
-    texts = [words for samples in real("atis", raw).values() for words in samples.texts]
-    assert not any({"BOS", "EOS"} & set(words) for words in texts)
-    data = load("atis", tokenizer, raw)
-    assert len(data.train) + len(data.evaluation["dev"]) == 4978 and 490 < len(data.evaluation["dev"]) < 500
-    assert (data.evaluation["test"].labels >= data.n_labels).any()
-
-
 def test_mtop_slots_can_be_rebuilt_from_the_tags(raw):
     """An independent reading: byte offsets of each run of tags, written as upstream does, for all 6,621 rows."""
     splits, rows = real("mtop", raw), 0
