@@ -144,14 +144,14 @@ def test_two_processes_do_what_one_does(run, command, start, tiny, tmp_path):
     config = json.loads((still / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (still / "config.json").write_text(json.dumps(config))
-    for method in ("el2n", "forgetting"):
-        flags = ["--lr", 5e-4, "--epochs", 3, "--method", method]
+    for rescore in ("all", "none"):  # scores of a pass, and of training steps
+        flags = ["--lr", 5e-4, "--epochs", 3, "--rescore", rescore]
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
         world["MASTER_PORT"] = str(free_port())  # these are the variables that torchrun sets
-        line = command(*flags, model=still, out=f"two-{method}")
+        line = command(*flags, model=still, out=f"two-{rescore}")
         pair = [start(line, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
         assert list(map(ended, pair)) == [0, 0]
-        two, one = only_folder(tmp_path / f"two-{method}"), run(*flags, model=still, out=method)
+        two, one = only_folder(tmp_path / f"two-{rescore}"), run(*flags, model=still, out=rescore)
         assert [row_of(folder)["environment"]["processes"] for folder in (two, one)] == [2, 1]
         for name, arrays in rounds_of(one).items():
             np.testing.assert_allclose(rounds_of(two)[name]["scores"], arrays["scores"], rtol=1e-3, atol=1e-4)
