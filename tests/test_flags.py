@@ -2,15 +2,20 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from conftest import data_folder, log_of, only_folder, refused, rounds_of
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import flags
 import runs
 import train
 from data import load
 from models import build_model
+from pruning import Plan
+from scoring import METHODS
 
 BAD = [
     "--dataset nope", "--method nope", "--keep 0", "--keep 1", "--keep nan", "--keep half", "--epochs 0",
@@ -32,13 +37,43 @@ def test_the_help_can_be_printed():
     assert "--keep" in flags.parser("").format_help()
 
 
+def test_the_default_learning_rate_depends_on_the_task():
+    rates = [flags.parse(["--dataset", name], "").lr for name in ("demo", "mtop", "rte", "sst2")]
+    assert rates == [2e-4, 2e-4, 1e-4, 1e-4]
+
+
+# ---- the learning rate
+
+COUNT = st.integers(1, 12).map(str)
+VALUES = {"--epochs": COUNT, "--full-epochs": st.integers(0, 12).map(str), "--full-end": st.integers(0, 5).map(str),
+          "--cycle": COUNT, "--selection": st.sampled_from(["static", "dynamic"]), "--sample": st.just(None),
+          "--schedule": st.sampled_from(["linear", "constant"])}  # fmt: skip
+
+
+@settings(max_examples=50)
+@given(st.sampled_from(METHODS), st.fixed_dictionaries({}, optional=VALUES), st.integers(1, 5))
+def test_the_learning_rate_stays_within_0_and_lr(method, given_flags, steps):
+    """In each training it begins at lr and, unless it is constant, falls with every step."""
+    line = [part for flag, value in given_flags.items() for part in (flag, value) if part is not None]
+    try:
+        args = flags.parse(["--method", method, *line], "")
+    except SystemExit:
+        assume(False)
+    plan = Plan(args.epochs, args.full_epochs, args.cycle, args.full_end, args.selection == "static")
+    rates = [train.learning_rate(args, plan.progress(step / steps)) for step in range(plan.total * steps)]
+    cut = args.full_epochs * steps if plan.static else 0
+    for training in (rates[:cut], rates[cut:]):
+        assert all(0 < rate <= args.lr for rate in training) and training[:1] in ([], [args.lr])
+        assert args.schedule == "constant" or all(later < rate for rate, later in pairwise(training))
+
+
 # ---- every flag changes the run, or is refused
 
-MODES = ["full", "random", "el2n", "el2n --sample", "el2n --selection static", "loss", "forgetting", "grand",
-         "infobatch"]  # fmt: skip
+MODES = ["full", "random", "el2n", "el2n --sample", "el2n --adaptive", "el2n --selection static", "loss",
+         "forgetting", "grand", "infobatch"]  # fmt: skip
 EFFECTS = {"--keep": "0.7", "--full-epochs": "3", "--cycle": "3", "--full-end": "2", "--selection": "static",
            "--ema": "0.4", "--std-weight": "5", "--offset": "0.2", "--stratify": None, "--class-floor": "2",
-           "--rescore": "none", "--sample": None}  # fmt: skip
+           "--rescore": "none", "--sample": None, "--adaptive": None}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +113,11 @@ def test_a_pruning_flag_changes_the_run_or_is_refused(quick, capsys, mode):
     for flag, value in EFFECTS.items():
         if flag in mode:
             continue
-        if mode == "el2n --sample" and flag == "--rescore":
+        if mode in ("el2n --sample", "el2n --adaptive") and flag == "--rescore":
             value = "all"  # none is its default
         got = quick(f"{mode} {flag} {value or ''}")
         assert got != plain, f"--method {mode} {flag} does nothing"
         if got:
             accepted.add(flag)
-    assert ("--keep" in accepted) == (mode != "full")
+    assert ("--keep" in accepted) == (mode not in ("full", "el2n --adaptive"))
     assert all(line.startswith("train.py: error") for line in capsys.readouterr().err.splitlines())
