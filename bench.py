@@ -1,4 +1,4 @@
-"""Measure the engine: training steps and scoring passes against the textbook loop, by turns, in one process.
+"""Measure the engine: training steps and scoring passes against the textbook loop, in turn, in one process.
 
     python bench.py --dataset snips
 
@@ -142,17 +142,17 @@ def main(argv=None):
     p.add_argument("--max-train", type=count, help="as in train.py")
     p.add_argument("--batch-size", type=count, default=32, help="samples in a training step (default: 32)")
     p.add_argument("--rounds", type=count, default=7, help="turns of each variant (default: 7)")
-    p.add_argument("--seconds", type=positive, default=3.0, help="shortest length of a turn (default: 3)")
-    p.add_argument("--json", metavar="FILE", help="write all figures there, too")
+    p.add_argument("--seconds", type=positive, default=3.0, help="least seconds of a turn (default: 3)")
+    p.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
     args = p.parse_args(argv)
     try:
         result = measure(args)
-    except (DataError, ModelError) as error:
+        print(table(result))
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1))
+    except (DataError, ModelError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
-    print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
     return 0
 
 

@@ -45,7 +45,7 @@ def read_rows(paths):
 
 
 def completed(row):
-    """Return a row with what follows from it. Raise an error where something is missing or makes no sense.
+    """Return a row with values derived from it. Raise an error where something is missing or makes no sense.
 
     metrics: on test, or on dev where there is no test split; the methods are compared by `metric`. cost: in own full
     epochs, or None where the run had no full epoch.
@@ -65,7 +65,10 @@ def completed(row):
     machine = f"{processor}, threads {facts.get('threads')}, processes {facts.get('processes')}"
     machine += f", {args.get('precision')}"
     cost = args["epochs"] if args["method"] == "full" else epoch and total / epoch
-    return {**row, "metrics": metrics, "metric": metric, "split": split, "cost": cost, "machine": machine}
+    if not 0 <= (row.get("learned") or 0) <= 1:
+        raise ValueError("learned must be from 0 to 1")
+    derived = {"metrics": metrics, "metric": metric, "split": split, "cost": cost, "machine": machine}
+    return {"learned": None, **row, **derived}
 
 
 # ---- arms and tasks
@@ -75,7 +78,8 @@ def method_name(args):
     """Return a method and how it selects, in words."""
     words = ["static"] if args.get("selection") == "static" else []
     known = {"stratify": "stratified", "sample": "sampled"}
-    words += [known.get(flag, flag.replace("_", "-")) for flag, value in args.items() if value is True]
+    on = [flag for flag, value in args.items() if value is True and flag not in TASK]
+    words += [known.get(flag, flag.replace("_", "-")) for flag in on]
     if not words and args["method"] not in ("full", "random", "infobatch"):
         words = ["highest"]
     return " ".join([*words, METHODS.get(args["method"], args["method"])])
@@ -117,7 +121,7 @@ class Task:
             by_arm.setdefault(json.dumps(settings(row["args"]), sort_keys=True), []).append(row)
         self.title, self.arms = clean(title), sorted(map(Arm, by_arm.values()), key=lambda arm: arm.order)
         self.metric, self.measure = rows[0]["metric"], METRICS.get(rows[0]["metric"], rows[0]["metric"])
-        self.split, learned = rows[0]["split"], [row["learned"] for row in rows if row.get("learned") is not None]
+        self.split, learned = rows[0]["split"], [row["learned"] for row in rows if row["learned"] is not None]
         self.learned = mean(learned) if learned else None
         by_epochs = groupby((arm for arm in self.arms if arm.full), key=lambda arm: arm.epochs)
         self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
@@ -164,15 +168,16 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev, over the seeds that all have. Without any, take the arm of most seeds."""
+    """Return the arm that is best on dev, over the seeds that all have. Else take the arm of most seeds."""
     common = set.intersection(*(set(arm.rows) for arm in arms))
     return max(arms, key=lambda arm: (sum(arm.dev[seed] for seed in common), len(arm.rows)))
 
 
-def better_rate(folder, seed):
-    """Return the learning rate that is better on dev, of two runs in a folder. ValueError if one lacks."""
-    first, second = (row for row in read_rows([folder]) if row["args"]["seed"] == seed)
-    return max(first, second, key=lambda row: row["dev"][row["metric"]])["args"]["lr"]
+def best_rate(folder, seed, *rates):
+    """Return the learning rate that is best on dev, of the runs in a folder with this seed; None if one is missing."""
+    rows = [row for row in read_rows([folder]) if row["args"]["seed"] == int(seed)]
+    best = {row["args"]["lr"]: row["dev"][row["metric"]] for row in rows}
+    return max(best, key=best.get) if set(map(float, rates)) <= set(best) else None
 
 
 def envelope(points):

@@ -8,6 +8,10 @@ import torch
 from torch import distributed
 
 
+class ProcessError(RuntimeError):
+    """Processes that cannot be reached. The message is one line."""
+
+
 def rank():
     """Return the number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
@@ -52,7 +56,7 @@ def process_group(args):
             args.device = "cuda"  # the device that was just set
         distributed.init_process_group("nccl" if on_gpu else "gloo")
     except (ValueError, KeyError, RuntimeError) as error:  # a variable is missing, or there are too few GPUs
-        raise OSError(f"WORLD_SIZE={world}: the other processes cannot be reached ({str(error).splitlines()[0]}); "
+        raise ProcessError(f"WORLD_SIZE={world}: the other processes cannot be reached ({str(error).splitlines()[0]}); "
                       "start several processes with torchrun, or unset WORLD_SIZE") from None
     try:
         if rank() == 0:

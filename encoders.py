@@ -31,7 +31,7 @@ def max_tokens(encoder, tokenizer):
 
 
 def has_segments(encoder):
-    """Return whether an encoder tells the two texts of a pair apart by an embedding of their own."""
+    """Return whether an encoder tells the two texts of a pair apart by segment embeddings."""
     return getattr(encoder.config, "type_vocab_size", 0) > 1
 
 

@@ -250,7 +250,7 @@ class FlatAdamW:
         self.adam.param_groups[0]["lr"] = lr
         scale = ((norm(self.master.grad) + 1e-6) / self.clip).clamp(min=1.0)
         if self.master.device.type in ("cpu", "cuda"):
-            self.adam.grad_scale = scale  # a fused step divides gradients by it: clipping takes no pass of its own
+            self.adam.grad_scale = scale  # a fused step divides gradients by it: clipping takes no extra pass
         else:
             self.master.grad /= scale
         self.adam.step()

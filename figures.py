@@ -57,23 +57,20 @@ def figure(tasks, arms, path):
     save(fig, path)
 
 
-def gain_figure(arms, title, path):
+def gain_figure(gains, title, path):
     """Draw what a method gains over full data in equal time, against the share of samples that are learned early.
 
-    arms: {Task: arm}. A point is the mean over seeds, with its 95 % interval. Nothing is drawn without a point.
+    gains: {Task: points, one a seed}. The figure has their mean with its 95 % interval.
     """
-    points = {task: task.to_equal_time(arm) for task, arm in arms.items() if task.learned is not None}
-    if not any(points.values()):
-        return
     fig, ax = pyplot().subplots(figsize=(5, 3), layout="constrained")
     ax.axhline(0, color="black", lw=0.8)
-    for task, values in points.items():
+    for task, values in gains.items():
         if values:
             x, y, half = 100 * task.learned, np.mean(values), half_width(values) if len(values) > 1 else 0
             ax.errorbar(x, y, yerr=half, fmt="o", color="#d1495b", elinewidth=0.7)
             ax.annotate(f"{task.title} (n {len(values)})", (x, y), xytext=(5, 3), textcoords="offset points", size=8)
-    ax.set(xlabel="samples with EL2N below 0.1 in the second full epoch, %", ylabel="points above equal time")
-    ax.set_title(title, size=10)
+    ax.set(xlabel="samples with EL2N below 0.1 in the last epoch before pruning, %")
+    ax.set(ylabel="points above full data in equal time", title=title)
     save(fig, path)
 
 

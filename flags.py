@@ -72,7 +72,7 @@ share = number(float, "above 0 and at most 1", lambda x: 0 < x <= 1)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and the default behind every flag that has one."""
+    """A help formatter that keeps line breaks and shows each flag's default."""
 
 
 def parser(description):
@@ -82,9 +82,9 @@ def parser(description):
     late = {"default": argparse.SUPPRESS}
 
     add = p.add_argument_group("data").add_argument
-    add("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder of your own")
+    add("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or your own folder")
     add("--data-dir", metavar="DIR", help="folder of the raw datasets (default: $DATA_DIR, or data/raw)", **late)
-    add("--max-length", default=256, metavar="TOKENS", help="cut longer samples off",
+    add("--max-length", default=256, metavar="TOKENS", help="cut samples off after this many tokens",
         type=number(int, "from 3 to 32767", lambda n: 3 <= n < 2**15))
     add("--max-train", type=count, metavar="N", help="train on N samples only, drawn at random", **late)
     add("--tune", action="store_true", help="evaluate on a tenth of train, held out, and never on dev or test", **late)
@@ -92,14 +92,14 @@ def parser(description):
     add = p.add_argument_group("method").add_argument
     add("--method", default="el2n", choices=METHODS, help="how samples are chosen; full keeps all")
     add("--keep", type=number(float, "above 0 and below 1; --method full keeps everything", lambda k: 0 < k < 1),
-        metavar="k", help="k = 1 - ρ: fraction of the samples to keep; infobatch: of samples below the mean loss "
+        metavar="k", help="k: fraction of the samples to keep (1 - ρ in the paper); infobatch: if of low loss "
         "(default: 0.5)", **late)
     add("--full-epochs", type=count_or_0, metavar="τ",
         help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)", **late)
     add("--cycle", type=count, metavar="T",
-        help="T: epochs between selections (default: 2; infobatch and --sample 1)", **late)
+        help="T: epochs between selections (default: 2; infobatch, --sample and --adaptive 1)", **late)
     add("--full-end", type=count_or_0, metavar="F",
-        help="F: last epochs, on full data (default: 0; infobatch an eighth of E)", **late)
+        help="F: train the last F epochs on full data (default: 0; infobatch an eighth of E)", **late)
     add("--selection", choices=["dynamic", "static"],
         help="dynamic: select every T epochs; static: once, then train E epochs from the pretrained weights "
         "(default: dynamic)", **late)
@@ -110,11 +110,11 @@ def parser(description):
     add("--draw", action="store_true", dest="sample", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # old name
     add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores", **late)
     add("--offset", type=number(float, "at least 0 and below 1", lambda o: 0 <= o < 1), metavar="o",
-        help="o: leave out this fraction, with the very highest scores (default: 0)", **late)
+        help="o: set aside this fraction, the very highest scores (default: 0)", **late)
     add("--class-floor", type=count_or_0, metavar="N",
         help="keep at least N samples of each label (default: 0)", **late)
     add("--rescore", choices=["all", "none"], help="all: a pass over every sample before a selection, dropout off; "
-        "none: scores of the last training steps (default: all; with --sample none)", **late)
+        "none: scores of the last training steps (default: all; dynamic --sample or --adaptive: none)", **late)
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
         "(default: 0.8; 1 with --sample or forgetting)", **late)
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
@@ -148,7 +148,7 @@ def parse(argv, description):
     given = {flag: value for flag, value in vars(args).items() if flag in PRUNING}
     if args.dataset not in DATASETS:
         if not os.path.isdir(args.dataset):
-            p.error(f"--dataset {args.dataset}: must be one of {', '.join(DATASETS)}, or a folder of your own")
+            p.error(f"--dataset {args.dataset}: must be one of {', '.join(DATASETS)}, or your own folder")
         args.dataset = os.path.abspath(args.dataset)
     args.data_dir = os.path.abspath(args.data_dir or default_folder())
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model

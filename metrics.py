@@ -6,7 +6,9 @@ import numpy as np
 
 
 def spans(tags):
-    """{(first word, last word + 1, name)} of a BIO sequence. Like conlleval, an I-x that continues no x opens a span.
+    """Return {(first word, last word + 1, name)} of a BIO sequence.
+
+    Like conlleval, an I-x that continues no x opens a span.
 
     tags: list of "O", "B-x" or "I-x".
     """
@@ -22,17 +24,17 @@ def spans(tags):
 
 
 def tag_names(split, ids, names):
-    """The tags of each utterance of a split, as a list of names. ids: (W,) of its words."""
+    """Return the tags of each utterance of a split, as a list of names. ids: (W,) of its words."""
     return [[names[tag] for tag in ids[start:end].tolist()] for start, end in pairwise(split.word_offsets.tolist())]
 
 
 def accuracy(gold, predicted):
-    """Share of equal entries of two (N,) arrays."""
+    """Return the share of equal entries of two (N,) arrays."""
     return float(np.mean(gold == predicted))
 
 
 def span_f1(gold, predicted):
-    """Micro-averaged F1 over the spans of two lists of tag sequences: 2·TP / (gold + predicted); 0 without any span."""
+    """Return micro-averaged F1 over the spans of two lists of tag sequences, 2·TP / (gold + predicted)."""
     right = total = 0
     for wanted, got in zip(gold, predicted, strict=True):
         wanted, got = spans(wanted), spans(got)
@@ -42,14 +44,14 @@ def span_f1(gold, predicted):
 
 
 def f1(gold, predicted):
-    """F1 of the label "1" of two (N,) arrays of labels: 2·TP / (gold + predicted); 0 where neither has it."""
+    """Return F1 of the label "1" of two (N,) arrays of labels: 2·TP / (gold + predicted); 0 where neither has it."""
     gold, predicted = gold == "1", predicted == "1"
     total = gold.sum() + predicted.sum()
     return float(2 * (gold & predicted).sum() / total) if total else 0.0
 
 
 def matthews(gold, predicted):
-    """Matthews' correlation of two (N,) arrays of the labels "0" and "1"; 0 where one of them is constant."""
+    """Return Matthews' correlation of two (N,) arrays of the labels "0" and "1"; 0 where one of them is constant."""
     constant = len(set(gold)) == 1 or len(set(predicted)) == 1
     return 0.0 if constant else float(np.corrcoef(gold == "1", predicted == "1")[0, 1])
 
@@ -58,7 +60,7 @@ CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 
 
 def evaluate(data, split, labels, word_tags):
-    """Metrics of predictions on a split of a Dataset, in percent.
+    """Return metrics of predictions on a split of a Dataset, in percent.
 
     labels: (N,) predicted; word_tags: (W,) predicted, LOST for a word without prediction, or None (classification).
     A lost word has no tag: it breaks every span it is in, and is wrong even where O was right.

@@ -58,7 +58,7 @@ class NLUModel(nn.Module):
         """
         wanted = "pairs of strings" if self.pairs else "strings"
         texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, (str, bytes)) else [None]
-        if not all(map(is_pair if self.pairs else is_string, texts)):
+        if not all(is_pair(text) if self.pairs else isinstance(text, str) for text in texts):
             raise TypeError(f"predict takes an iterable of {wanted}, such as a list or an open file")
         if not texts:
             return []
@@ -105,14 +105,9 @@ class NLUModel(nn.Module):
         return model.eval()
 
 
-def is_string(text):
-    """Return whether a text is a string."""
-    return isinstance(text, str)
-
-
 def is_pair(text):
     """Return whether a text is a pair of strings."""
-    return isinstance(text, (tuple, list, np.ndarray)) and len(text) == 2 and all(map(is_string, text))
+    return isinstance(text, (tuple, list, np.ndarray)) and [isinstance(part, str) for part in text] == [True, True]
 
 
 def losses(outputs, batch):

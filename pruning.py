@@ -7,7 +7,7 @@ import torch
 
 
 class SelectionError(ValueError):
-    """Scores that nothing can be selected by. The message is one line."""
+    """A selection that cannot be made. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def select(importance, labels, args, rng):
     if args.method == "infobatch":
         return infobatch(importance, args.keep, rng)
     if args.adaptive:
-        return adaptive(importance, rng), np.ones(len(importance), np.float32)
+        return adaptive(importance, args.batch_size, rng), np.ones(len(importance), np.float32)
     if args.sample:
         importance = gumbel_log_scores(importance, rng)
     if args.stratify:
@@ -121,8 +121,8 @@ def gumbel_log_scores(scores, rng):
 def stratified(scores, keep, offset, rng, bins=50):
     """Keep equally many samples from each of 50 equally wide ranges of scores, at random.
 
-    This is coverage-centric selection (Zheng et al. 2023, who always use an offset). What a range has too few of is
-    taken from the fuller ones. Arguments and result as for `highest`.
+    This is coverage-centric selection (Zheng et al. 2023, who always use an offset). Fuller ranges make up for
+    short ones. Arguments and result as for `highest`.
     """
     order, size = ranking(scores, keep, offset)
     low, high = scores[order[-1]], scores[order[0]]
@@ -136,7 +136,7 @@ def stratified(scores, keep, offset, rng, bins=50):
 
 
 def with_class_floor(kept, scores, labels, floor):
-    """Exchange samples so that each class has at least `floor` in `kept`, or all that it has. The number stays.
+    """Exchange samples so that each class has at least `floor` in `kept`, or all its samples. len(kept) stays.
 
     The highest scores of a small class come in, even those that an offset set aside. The lowest of larger classes go.
     """
@@ -148,18 +148,18 @@ def with_class_floor(kept, scores, labels, floor):
     safe = by_class[place < floor]
     if len(safe) > len(kept):
         raise SelectionError(f"--class-floor {floor} needs {len(safe)} samples, but --keep allows {len(kept)}; lower "
-                             "the one or raise the other")
+                             "--class-floor or raise --keep")
     return np.sort(np.r_[safe, order[~np.isin(order, safe)]][: len(kept)])
 
 
-def adaptive(scores, rng):
-    """Keep each sample with probability min(1, score), and always the highest: learned samples leave by themselves.
+def adaptive(scores, least, rng):
+    """Keep each sample with probability min(1, score), and the `least` highest: learned samples leave by themselves.
 
     scores: (N,) float. Returns indices, ascending, int64. SelectionError where a score is not finite.
     """
     check_finite(scores)
     kept = rng.random(len(scores)) < scores
-    kept[scores.argmax()] = True
+    kept[np.argsort(-scores, kind="stable")[:least]] = True
     return np.flatnonzero(kept)
 
 
@@ -175,9 +175,9 @@ def infobatch(scores, keep, rng):
 
 
 class Smoother:
-    """Smooth scores over the rounds: χ̂ = EMA + c·SD, with EMA_n = α·χ_n + (1 − α)·EMA_{n−1}.
+    """Smooth scores over the selections: χ̂ = EMA + c·SD, with EMA_n = α·χ_n + (1 − α)·EMA_{n−1}.
 
-    SD is the exponentially weighted standard deviation, corrected for bias; it is 0 in the first round. alpha: weight
+    SD is the exponentially weighted standard deviation, corrected for bias; at first it is 0. alpha: weight
     of the newest score, in (0, 1]; 1 is no smoothing. c: weight of the deviation.
     """
 
@@ -187,7 +187,7 @@ class Smoother:
         self.squared_weights = 1.0  # Σ w_i² of the weights so far, for the bias correction 1 / (1 − Σ w_i²)
 
     def __call__(self, scores):
-        """Take this round's scores, (N,) float32, and return the smoothed ones, (N,) float32."""
+        """Take the newest scores, (N,) float32, and return the smoothed ones, (N,) float32."""
         if self.mean is None or self.alpha == 1:
             self.mean, self.variance = scores, np.zeros_like(scores)
             return scores
@@ -199,7 +199,7 @@ class Smoother:
         return self.mean + self.c * np.sqrt(self.variance / (1 - self.squared_weights))
 
     def state_dict(self):
-        """Return everything that the next round depends on."""
+        """Return everything that the next selection depends on."""
         if self.mean is None or self.alpha == 1:
             return {}
         return {"mean": torch.from_numpy(self.mean), "variance": torch.from_numpy(self.variance),

@@ -4,7 +4,7 @@
     python report.py results/main.jsonl    compare the runs of a file, one line of JSON a run
     python report.py runs/demo-el2n-…      show the samples with the highest scores: their labels may be wrong
 
-With `--to DIR`, the same is written to DIR as Markdown and pictures.
+`--to DIR` also writes the report to DIR, as Markdown and pictures.
 """
 
 import argparse
@@ -27,8 +27,12 @@ intervals. For each number of epochs, full data has the learning rate that is be
 upper concave envelope of these runs, and it never falls. Letters name machines; seconds compare only within one."""
 
 
+LEGEND = """\
+Time is in percent of full data. Highest EL2N is the paper's method, sampled EL2N is `--sample`, and n counts seeds."""
+
+
 class ReportError(ValueError):
-    """Say in one line why there is no report."""
+    """A reason for no report. The message is one line."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
@@ -109,7 +113,7 @@ def headline(found, arms):
         epochs = f", {task.full.epochs} epochs" if task.full else ""
         titles.setdefault(f"{task.measure} on {task.split}{epochs}", []).append(task.title)
     caption = [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
-    return [table, " ".join([*caption, "Time is in percent of full data. Highest EL2N is the paper's method."])]
+    return [table, " ".join([*caption, LEGEND])]
 
 
 def over_datasets(found, arms):
@@ -202,17 +206,21 @@ def likely_errors(folder, count):
     return ["# Likely label errors", text, table]
 
 
-def draw(found, arms, path):
-    """Draw accuracy against time, and return whether that worked."""
-    if not any(task.full for task in found):
-        return False
+def draw(found, arms, to):
+    """Draw the figures for which there are rows. Returns their names."""
+    sampled = arms.get(("0.5", "sampled EL2N"), {})
+    gains = {task: task.to_equal_time(arm) for task, arm in sampled.items() if task.learned is not None}
+    drawn = []
     try:
-        figures.figure(found, arms, path)
-        figures.gain_figure(arms.get(("0.5", "sampled EL2N"), {}), "sampled EL2N, keep 0.5", path.with_name("gain"))
+        if any(task.full for task in found):
+            figures.figure(found, arms, to / "figure")
+            drawn.append("figure")
+        if any(gains.values()):
+            figures.gain_figure(gains, "sampled EL2N, keep 0.5", to / "gain")
+            drawn.append("gain")
     except ImportError:
         print("note: no pictures without matplotlib; pip install matplotlib", file=sys.stderr)
-        return False
-    return True
+    return drawn
 
 
 def report_runs(paths, to):
@@ -225,8 +233,7 @@ def report_runs(paths, to):
     pages = {}
     if to:
         top = ["# Results", f"Made by `python report.py {' '.join(paths)} --to {to}`."]
-        if draw(found, arms, to / "figure"):
-            top += ["![accuracy against time](figure.svg)", "![gain against learned samples](gain.svg)"]
+        top += [f"![{name}]({name}.svg)" for name in draw(found, arms, to)]
         pages = {"headline.md": headline(found, arms), "results.md": top + full_page(found, arms, wide=True)}
     return full_page(found, arms, wide=False), pages
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Make all results: each line `arm …` is one line of the tables. A finished run is not made again, a stopped one goes on.
+# Make the main results: each `arm …` is one line of the tables. Finished runs are skipped. Stopped runs go on.
 #
 #   bash run_all.sh                  all runs, one after the other, then the report
 #   bash run_all.sh --list           the commands only, one a line: … --list | xargs -d '\n' -n 1 -P 4 bash -c
 #   SMOKE=1 bash run_all.sh          every arm on 128 samples of demo, in minutes
 #   PAPER=1 bash run_all.sh          the paper's setting: RoBERTa-base, 40 epochs (GLUE: 10), constant rate, five seeds
-#   DATASETS="atis snips" SEEDS=0 MODEL=roberta-base OUT=runs/mine bash run_all.sh --batch-size 16
+#   DATASETS="atis snips" SEEDS=0 RATES=3e-5 MODEL=roberta-base OUT=runs/mine bash run_all.sh --batch-size 16
 #
 # Flags at the end go to every run. The first seed tries two learning rates, and the other seeds take the better one on
 # dev. GLUE reports dev, so there a tenth of train decides. --list lists the other seeds once the first has finished.
 set -euo pipefail
 cd "$(dirname "$0")"
-
+case " $* " in *" --lr"*) echo "run_all.sh: set RATES=… instead of --lr" >&2; exit 2 ;; esac
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
 out=${OUT:-runs/all} datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte} seeds=${SEEDS:-0 1 2} E=10
 if [ "${SMOKE:-}" ]; then
@@ -32,17 +32,17 @@ run() { # run FLAGS…: one run. A failure does not keep the next run from start
 }
 
 arm() { # arm NAME FLAGS…: the runs of one arm.
-    local folder=$out/$dataset-$1 trials=$out/$dataset-$1 tune= rate best=$rates first=${seeds%% *} tried=
+    local folder=$out/${dataset##*/}-$1 trials=$out/${dataset##*/}-$1 tune= rate best=$rates first=${seeds%% *} tried=
     shift
     if [ "$glue" ]; then trials=$out-tune/${folder##*/} tune=--tune; fi
     if [[ $rates == *" "* ]]; then
         for rate in $rates; do run "$@" --seed "$first" --lr "$rate" $tune --out "$trials"; done
-        best=$(python -c "import compare; print(compare.better_rate('$trials', $first))" 2> /dev/null) || return 0
+        [ -d "$trials" ] || return 0
+        best=$(python -c 'import sys, compare; print(compare.best_rate(*sys.argv[1:]) or "")' "$trials" "$first" $rates)
+        if [ ! "$best" ]; then return; fi # a trial has failed, or is only listed
         [ "$tune" ] || tried=$first
     fi
-    for seed in $seeds; do
-        [ "$seed" = "$tried" ] || run "$@" --seed "$seed" --lr "$best" --out "$folder"
-    done
+    for seed in $seeds; do [ "$seed" = "$tried" ] || run "$@" --seed "$seed" --lr "$best" --out "$folder"; done
 }
 
 for dataset in $datasets; do
@@ -62,7 +62,6 @@ for dataset in $datasets; do
         arm sampled-$keep --sample --keep $keep --epochs $epochs $tau
     done
     arm infobatch --method infobatch --epochs $epochs
-
     # Ablations, on two datasets: other scores, other rules, and one selection for good.
     case $dataset in atis | snips | demo) ;; *) continue ;; esac
     for keep in 0.5 0.2; do

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import demo
 from distributed import all_reduce_sum, broadcast, rank
 
-NOT_SETTINGS = {"seed", "out", "data_dir", "no_model", "save_every", "resume"}  # flags that change no other result
+NOT_SETTINGS = {"seed", "out", "data_dir", "no_model", "save_every", "resume"}  # not in a folder's hash
 
 
 class RunError(RuntimeError):
@@ -89,7 +89,7 @@ class Run:
     def begin(self, data, weights, epochs):
         """Write config.json and return the state that a checkpoint holds, or None. RunError for a wrong checkpoint.
 
-        weights: all of them before training, (W,). epochs: how many there are in all.
+        weights: before training, (W,) fp32. epochs: the total number.
         """
         self.data, self.epochs = data, epochs
         here = environment(self.args.device)
@@ -124,7 +124,7 @@ class Run:
         except Exception:  # whatever foreign bytes raise
             same = False
         if not same:
-            raise RunError(f"{self.checkpoint}: damaged, or of other data or another model; remove it to start again")
+            raise RunError(f"{self.checkpoint}: damaged, or made with other data or model; remove it to start again")
         return state
 
     def progress(self, batch_list, kept):
@@ -277,7 +277,7 @@ def metrics_line(metrics):
 
 
 def advice(learned):
-    """Return what to expect of pruning, as text, from the share `Run.learned`. results/tried.md has the evidence."""
+    """Return what to expect of pruning, as text, from the share `Run.learned`. results/gain.svg has the evidence."""
     did = "pruning gained over fewer epochs" if learned > 0.1 else "fewer epochs on all data did as well as pruning"
     return f"{learned:.0%} of the samples are learned (EL2N below 0.1); on such data, {did}"
 
@@ -299,14 +299,14 @@ def summary(row, run):
         full = row["full_epoch_seconds"] * args.epochs
         lines.append(f"saved  {1 - seconds['total'] / full:.1%} of {full:.1f} s, the estimate for full data; --method "
                      "full measures it")
-    if row["selections"] and args.dataset == "demo" and args.method != "random" and not args.max_train:
+    if row["selections"] and args.dataset == "demo" and args.method != "random" and not (args.max_train or args.tune):
         found, planted = demo.errors_found(np.load(max((folder / "rounds").iterdir()))["scores"])
         lines.append(f"found  {found} of {planted} planted label errors among the {planted} highest scores")
     metric = next(name for name in ("frame_acc", *row["dev"]) if name in row["dev"])
     before, end = row["epoch_dev"][max(args.full_epochs, 1) - 1][metric], row["epoch_dev"][-1][metric]
     if row["selections"] and args.selection != "static" and end < before:
-        lines.append(f"lost   dev {metric} was {before:.2f} before pruning and is {end:.2f} now; a higher --keep or "
-                     "--sample may help")
+        lines.append(f"lost   dev {metric} was {before:.2f} before pruning and is {end:.2f} now; keep more, or "
+                     "train on full data")
     if row["learned"] is not None:
         lines.append(f"hint   {advice(row['learned'])}")
     lines.append(f"left   {folder}/ with result, log, scores and masks; python report.py {args.out} compares runs")

@@ -53,7 +53,7 @@ def is_correct(outputs, batch):
 def gradient_norm(model, batch):
     """Return GraNd, ‖∇ loss‖₂ over all weights (Paul et al. 2021), of a batch of one, ().
 
-    The paper averages over several models; this is the current model alone, in the dtype of its weights.
+    Paul et al. average over several models. This takes the current model alone, in the dtype of its weights.
     """
     losses(model(batch), batch).sum().backward()
     squared = 0.0
@@ -99,8 +99,8 @@ class Scorer(torch.nn.Module):
     """The newest score of every sample of a split, (N,) fp32. It is a module so that its buffers can be saved.
 
     rescore: "all" makes a scoring pass when scores are asked for. "none" takes each score from the sample's last
-    training step: it costs next to nothing, but dropout was on and the model was younger. So do the methods that need
-    no pass, forgetting and infobatch.
+    training step: it costs next to nothing, but dropout was on and the model was younger. Forgetting
+    and infobatch always score this way.
     """
 
     def __init__(self, split, method, rescore):

@@ -21,7 +21,7 @@ import torch
 
 import flags
 from data import DataError, ModelError, batches, load, load_tokenizer, one_line
-from distributed import lost_process, process_group, rank, shard, world_size
+from distributed import ProcessError, lost_process, process_group, rank, shard, world_size
 from engine import FlatAdamW, limit_vocabulary, set_matmul_backend
 from metrics import evaluate
 from models import build_model, losses, predictions
@@ -31,7 +31,7 @@ from scoring import Scorer
 
 
 def train(model, optimizer, data, plan, args, run, state=None):
-    """Fine-tune `model` in place. state: of a checkpoint, from which the run goes on."""
+    """Fine-tune `model` in place. state: a checkpoint's, to go on from, or None."""
     clock, n, lengths = run.clock, len(data.train), data.train.lengths
     labels, everything, ones = data.train.labels.cpu().numpy(), np.arange(n), torch.ones(n, device=args.device)
     scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema or 1, args.std_weight or 0)
@@ -87,7 +87,7 @@ def seed_epoch(seed, epoch):
 
 
 def learning_rate(args, progress):
-    """Return the learning rate at a progress in [0, 1): falling to 0 in a line, or constant."""
+    """Return the learning rate at a progress in [0, 1): falling linearly to 0, or constant."""
     return args.lr * (1 - progress) if args.schedule == "linear" else args.lr
 
 
@@ -102,7 +102,7 @@ def main(argv=None, start=None):
         with process_group(args):
             fine_tune(args, Clock(args.device), start)
         return 0
-    except (DataError, ModelError, SelectionError, RunError) as error:
+    except (DataError, ModelError, ProcessError, RunError, SelectionError) as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, for example
         message, hint = f"error: {error}", HINT
@@ -149,7 +149,7 @@ def fine_tune(args, clock, start):
     with clock("evaluate"):
         metrics = {name: evaluate(data, split, *predictions(model, split)) for name, split in data.evaluation.items()}
     row = run.finish(metrics, model)
-    if rank() == 0:  # the others have no folder to sum up
+    if rank() == 0:  # other processes have no folder to summarise
         print("\n" + summary(row, run))
 
 
@@ -158,7 +158,7 @@ def check_sizes(args, labels):
     size = kept_size(len(labels), args.keep or 1)
     if args.batch_size < 2 * world_size() > 2:
         raise RunError(f"--batch-size {args.batch_size}: {world_size()} processes need at least {2 * world_size()}")
-    if size < args.batch_size and args.method not in ("full", "infobatch"):
+    if args.keep and size < args.batch_size and args.method not in ("full", "infobatch"):
         raise RunError(f"--keep {args.keep:g} of {len(labels)} train samples is {size}, less than one batch of "
                        f"{args.batch_size}; raise --keep or lower --batch-size")
     if args.class_floor:

@@ -108,7 +108,7 @@ def find(name, folder=None):
     if name in DATASETS:
         source = DATASETS[name]
         return source, source.folder and Path(folder or default_folder()) / source.folder
-    right = f"choose from {', '.join(DATASETS)}, or name a folder of your own"
+    right = f"choose from {', '.join(DATASETS)}, or name your own folder"
     expect(os.path.isdir(name), f"unknown dataset {name!r}", right)
     return Source(own.read_own, name, (), "the user's", () if own.has_tags(name) else ("accuracy",)), Path(name)
 

@@ -1,7 +1,7 @@
 """List the datasets, or download some ahead of a run.
 
     python -m data                every dataset: task, rows, licence, on disk or not
-    python -m data mtop slurp     download what is not on disk of these
+    python -m data mtop slurp     download these, unless on disk
 """
 
 import argparse
@@ -22,9 +22,10 @@ def overview(folder):
 
 
 def main(argv=None):
+    """List or download datasets. Returns the exit status: 0, 2 or 130."""
     p = argparse.ArgumentParser(prog="python -m data", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    p.add_argument("datasets", nargs="*", metavar="NAME", help=f"of {', '.join(DATASETS)}")
+    p.add_argument("datasets", nargs="*", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     p.add_argument("--data-dir", metavar="DIR", help="folder of the raw datasets ($DATA_DIR, or data/raw)")
     args = p.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Download raw datasets from the addresses in sources.txt. A file gets its name only when it was checked."""
+"""Download raw datasets from the addresses in sources.txt. A file gets its name only after a check."""
 
 import hashlib
 import os
@@ -97,7 +97,7 @@ def download(files, scratch):
 
 
 def unpack(archive, member):
-    """Return the bytes of one member of a zip or tar archive. No other is looked at, so none can leave the folder."""
+    """Return the bytes of one member of a zip or tar archive. No other is unpacked, so none can leave the folder."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             return opened.read(member)

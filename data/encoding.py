@@ -49,18 +49,18 @@ def pretrained(loader, name, **options):
     try:
         return loader.from_pretrained(local_copy(name), trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign model folder makes the libraries raise
-        raise ModelError(f"--model {name}: {one_line(error)}; a Hugging Face hub id (needs the network) or a folder "
-                         "with config.json, model.safetensors and tokenizer files is right") from None
+        raise ModelError(f"--model {name}: {one_line(error)}; name a Hugging Face hub id (needs the network), or a "
+                         "folder with config.json, model.safetensors and tokenizer files") from None
 
 
 def load_tokenizer(name):
     """Return the fast tokenizer of a hub id or a folder. Raises ModelError.
 
-    Byte-level BPE sees by the blank before a word that it begins. It is made to add this blank to single words.
+    Byte-level BPE knows the start of a word by the blank before it. Single words get this blank, too.
     """
     tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise ModelError(f"--model {name}: a fast tokenizer with a padding token is needed")
+        raise ModelError(f"--model {name}: no fast tokenizer with a padding token; take another model")
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers made it up
         raise ModelError(f"--model {name}: no tokenizer; add its files, such as tokenizer.json or vocab.txt")
     if isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel) and not words_match(tokenizer):
@@ -183,7 +183,7 @@ def encode(samples, tokenizer, max_length, label_ids, tag_ids, words=True):
     """
     joint = samples.tags is not None
     if joint and not words_match(tokenizer):
-        raise ModelError(f"--model {tokenizer.name_or_path}: its tokenizer splits words in another way than text; "
+        raise ModelError(f"--model {tokenizer.name_or_path}: its tokenizer splits single words differently from text; "
                          "choose another model for intents and slots")
     typed = samples.pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
     dropped = dropped_words(samples.texts, tokenizer) if joint else {}
@@ -225,7 +225,7 @@ def encode(samples, tokenizer, max_length, label_ids, tag_ids, words=True):
 
 
 def dropped_words(texts, tokenizer):
-    """Return {word: unknown token} of the words that the tokenizer drops, such as one of control characters."""
+    """Return {word: unknown token} of the words that the tokenizer drops, such as control characters."""
     words = sorted({word for words in texts for word in words})
     pieces = tokenizer([[word] for word in words], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return {word: tokenizer.unk_token for word, ids in zip(words, pieces) if not ids and tokenizer.unk_token}

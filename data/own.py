@@ -18,11 +18,11 @@ def read_own(folder):
         name, dot, ending = path.name.lower().partition(".")
         if name in SPLITS:
             split, kind = SPLITS[name], dot + ending
-            expect(kind in ("", ".tsv", ".csv", ".jsonl"), path, f"{kind} is not read; expected was {KINDS}")
+            expect(kind in ("", ".tsv", ".csv", ".jsonl"), path, f"{kind} is not read; use {KINDS}")
             expect(path.name == split + kind, path, f"rename it to {split + kind}")
             expect(split not in splits, path, f"a second {split} split; remove one")
             splits[split] = read_file(path) if kind else read_parallel(path)
-    expect("train" in splits, folder, f"no train split; expected was {KINDS}, named train")
+    expect("train" in splits, folder, f"no train split; add {KINDS}, named train")
     forms = {(samples.tags is None, samples.pairs) for samples in splits.values()}
     expect(len(forms) == 1, folder, f"{', '.join(splits)} must be all of words and tags, all of texts, or all of pairs")
     return {split: splits[split] for split in ("train", "dev", "test") if split in splits}

@@ -58,8 +58,8 @@ def read_csv(path):
                 rows.append((f"{path}:{first}", cells))
             first = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{first}: {error}, in the row that begins here; put a cell with quotes in quotes as a "
-                        "whole, and double the quotes in it") from None
+        raise DataError(f"{path}:{first}: {error}, in the row that begins here; put the whole cell in quotes, "
+                        "and double the quotes in it") from None
     return rows
 
 
@@ -203,7 +203,7 @@ def mtop_tags(words, spans, slots, where):
         for slot in filter(None, slots.split(",")):
             start, end, name = re.fullmatch(r"(\d{1,9}):(\d{1,9}):SL:(\S+)", slot).groups()
             covered = [i for i, (a, b) in enumerate(ends) if a < int(end) and int(start) < b]
-            expect({tags[i] for i in covered} == {"O"}, where, f"slot {slot}; words of its own were expected")
+            expect({tags[i] for i in covered} == {"O"}, where, f"slot {slot}: no words, or words of another slot")
             tags[covered[0] : covered[-1] + 1] = bio(name, len(covered))
     except (AttributeError, KeyError, TypeError):
         raise DataError(f"{where}: slots start:end:SL:NAME and tokenSpans of start and length were expected") from None
@@ -223,7 +223,7 @@ def read_massive(folder):
         for text, name, slot in zip(pieces[0::3], pieces[1::3], pieces[2::3]):
             words += text.split() + slot.split()
             tags += ["O"] * len(text.split()) + bio(name.strip(), len(slot.split()))
-        expect(words == utterance.split(), where, "an annot_utt was expected that is utt with slots as [name : words]")
+        expect(words == utterance.split(), where, "annot_utt must be utt with slots as [name : words]")
         expect(split in splits, where, f"partition {split[:40]!r}; train, dev or test was expected")
         rows.append((where, words, tags, intent))
         splits[split].append(i)
@@ -235,7 +235,7 @@ def read_massive(folder):
 
 
 TRAIN_AND_DEV = {"train": "train", "dev": "dev"}
-COLA_HEADER = ("source", "label", "author's mark", "sentence")  # which its files lack
+COLA_HEADER = ("source", "label", "author's mark", "sentence")  # CoLA's files have no header
 
 
 def read_glue(folder, texts, known, label="label", header=None, splits=TRAIN_AND_DEV):
@@ -252,6 +252,6 @@ def read_mrpc(folder):
     pairs = [tuple(pick(row, where, ids)) for where, row in rows]
     dev = {tuple(row.values()): where for where, row in read_table(Path(folder) / "mrpc_dev_ids.tsv", ids)}
     for pair in dev.keys() - set(pairs):
-        raise DataError(f"{dev[pair]}: two ids of a row of msr_paraphrase_train.txt were expected")
+        raise DataError(f"{dev[pair]}: no row of msr_paraphrase_train.txt has these two ids")
     return {"train": samples.take([i for i, pair in enumerate(pairs) if pair not in dev]),
             "dev": samples.take([i for i, pair in enumerate(pairs) if pair in dev])}  # fmt: skip

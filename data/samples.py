@@ -57,7 +57,7 @@ def digest(splits):
 def hold_out(samples, share, seed=0):
     """Split off at most share * N of N samples, at random. Samples of one text stay together.
 
-    Returns (the others, the held-out samples). The latter has at least one of two or more samples.
+    Returns (the others, the held-out samples). With two or more samples, at least one is held out.
     """
     groups = {}
     for i, text in enumerate(samples.texts):

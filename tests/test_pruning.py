@@ -69,7 +69,7 @@ def test_highest_agrees_with_sorting_pairs(scores, keep, offset):
 def test_scores_that_are_not_finite_are_refused(bad, rng):
     scores = np.array([1.0, bad, 0.0])  # the last rule refuses −1, which is no chance
     for rule in (lambda: highest(scores, 0.5), lambda: pruning.stratified(scores, 0.5, 0, rng),
-                 lambda: infobatch(scores, 0.5, rng), lambda: pruning.adaptive(scores, rng),
+                 lambda: infobatch(scores, 0.5, rng), lambda: pruning.adaptive(scores, 1, rng),
                  lambda: pruning.gumbel_log_scores(-scores, rng)):  # fmt: skip
         with pytest.raises(SelectionError):
             rule()
@@ -142,9 +142,9 @@ def test_infobatch_agrees_with_one_sample_at_a_time(keep):
 def test_adaptive_selection_has_the_scores_as_chances(rng):
     """A score of 1 or more is always kept, and so is the highest one, even where all scores are 0."""
     scores = np.array([0, 0.1, 0.5, 1, 7])
-    kept = np.mean([np.isin(np.arange(5), pruning.adaptive(scores, rng)) for _ in range(5000)], axis=0)
+    kept = np.mean([np.isin(np.arange(5), pruning.adaptive(scores, 1, rng)) for _ in range(5000)], axis=0)
     assert kept.tolist() == pytest.approx([0, 0.1, 0.5, 1, 1], abs=0.03)
-    assert pruning.adaptive(np.zeros(3), rng).tolist() == [0]
+    assert pruning.adaptive(np.zeros(3), 1, rng).tolist() == [0]
 
 
 def test_the_flags_choose_the_rule(rng):

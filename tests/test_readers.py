@@ -215,7 +215,7 @@ def test_damaged_files_are_refused(tmp_path, name):
     ("cola", "train.tsv", "\t0\t", "\t2\t", "train.tsv:1: label '2'"),
     ("rte", "dev.tsv", "\tentailment", "\t1", "dev.tsv:2: label '1'"),
     ("mnli", "train.tsv", "gold_label", "label", "train.tsv:2: .*gold_label"),
-    ("mrpc", "mrpc_dev_ids.tsv", "1120", "9999", "mrpc_dev_ids.tsv:1: two ids"),
+    ("mrpc", "mrpc_dev_ids.tsv", "1120", "9999", "mrpc_dev_ids.tsv:1: no row"),
 ])  # fmt: skip
 def test_wrong_contents_are_refused(tmp_path, name, file, old, new, message):
     """What a reader relies on is checked: one short line says where it fails."""
