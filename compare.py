@@ -12,7 +12,7 @@ from statistics import mean, stdev
 
 TASK = ("dataset", "model", "max_length", "max_train", "tune")  # runs are compared only where these are equal
 NOT_SETTINGS = {"seed", "device", "precision"}  # runs of one arm may differ in these
-NAMED = {*TASK, "method", "selection", "sample", "adaptive", "stratify", "keep", "epochs", "lr"}  # have a column
+NAMED = {*TASK, "method", "selection", "sample", "stratify", "keep", "epochs", "lr"}  # have a column
 METHODS = {"full": "full data", "infobatch": "InfoBatch", "el2n": "EL2N", "grand": "GraNd"}
 METRICS = {"frame_acc": "frame accuracy", "accuracy": "accuracy", "matthews": "Matthews correlation"}
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 95 %, degrees 1 to 9
@@ -104,7 +104,7 @@ class Arm:
         costs = [row["cost"] for row in self.rows.values()]
         self.cost = mean(costs) if all(costs) else None
         self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
-        self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}" if args.get("keep") else "auto"
+        self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
         self.order = not self.full, soft, -keep, self.name != "random", self.name, -self.epochs, args["lr"]
 
 

@@ -16,12 +16,11 @@ RANKED = {"keep", "full_epochs", "cycle", "full_end", "selection", "ema", "std_w
 USES = {
     "full": set(),
     "random": {"keep", "full_epochs", "cycle", "full_end", "selection", "class_floor"},
-    **dict.fromkeys(SCORES, RANKED | {"rescore", "sample", "adaptive"}),
+    **dict.fromkeys(SCORES, RANKED | {"rescore", "sample"}),
     "forgetting": RANKED,
     "grand": RANKED,
     "infobatch": {"keep", "full_epochs", "cycle", "full_end"},
 }
-ADAPTS = ("keep", "sample", "offset", "stratify", "class_floor", "ema", "std_weight")  # no effect with --adaptive
 PRUNING = {flag for flags in USES.values() for flag in flags}
 
 
@@ -29,10 +28,9 @@ def defaults(args, given):
     """Return the value of every pruning flag that the user did not give, as {flag: value}; None where it has no use."""
     if args.method == "full":
         return dict.fromkeys(PRUNING) | {"full_epochs": args.epochs, "cycle": 1, "full_end": 0}
-    static, adaptive = given.get("selection") == "static", given.get("adaptive", False)
-    sample = given.get("sample", False) or adaptive
+    static, sample = given.get("selection") == "static", given.get("sample", False)
     flags = {"keep": 0.5, "full_epochs": 2, "cycle": 2, "full_end": 0, "selection": "dynamic", "rescore": "all",
-             "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "adaptive": False, "stratify": False,
+             "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "stratify": False,
              "class_floor": 0}  # fmt: skip
     if sample or static or args.method == "forgetting":
         flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour old scores
@@ -40,8 +38,6 @@ def defaults(args, given):
         flags["std_weight"] = 0.0
     if sample:
         flags |= {"cycle": 1, "rescore": "all" if static else "none"}
-    if adaptive:
-        flags["keep"] = None
     if args.method == "infobatch":
         full_end = -(-args.epochs // 8)  # its authors prune while e + 1 <= 0.875 E
         flags |= {"cycle": 1, "full_epochs": 1, "full_end": full_end}
@@ -97,7 +93,7 @@ def parser(description):
     add("--full-epochs", type=count_or_0, metavar="τ",
         help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)", **late)
     add("--cycle", type=count, metavar="T",
-        help="T: epochs between selections (default: 2; infobatch, --sample and --adaptive 1)", **late)
+        help="T: epochs between selections (default: 2; infobatch and --sample 1)", **late)
     add("--full-end", type=count_or_0, metavar="F",
         help="F: train the last F epochs on full data (default: 0; infobatch an eighth of E)", **late)
     add("--selection", choices=["dynamic", "static"],
@@ -105,8 +101,6 @@ def parser(description):
         "(default: dynamic)", **late)
     add("--sample", action="store_true",
         help="draw samples with chances in proportion to their scores, instead of keeping the highest", **late)
-    add("--adaptive", action="store_true",
-        help="keep each sample with probability min(1, score); there is no keep fraction to choose", **late)
     add("--draw", action="store_true", dest="sample", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # old name
     add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores", **late)
     add("--offset", type=number(float, "at least 0 and below 1", lambda o: 0 <= o < 1), metavar="o",
@@ -114,7 +108,7 @@ def parser(description):
     add("--class-floor", type=count_or_0, metavar="N",
         help="keep at least N samples of each label (default: 0)", **late)
     add("--rescore", choices=["all", "none"], help="all: a pass over every sample before a selection, dropout off; "
-        "none: scores of the last training steps (default: all; dynamic --sample or --adaptive: none)", **late)
+        "none: scores of the last training steps (default: all; dynamic --sample: none)", **late)
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
         "(default: 0.8; 1 with --sample or forgetting)", **late)
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
@@ -164,7 +158,6 @@ def parse(argv, description):
         *((flag, "a single selection") for flag in ("ema", "std_weight") if once),
         *((flag, "--selection static") for flag in ["cycle"] if static),
         *((flag, "--sample") for flag in ("offset", "stratify") if args.sample),
-        *((flag, "--adaptive") for flag in ADAPTS if args.adaptive),
         *((flag, "--ema 1, which averages nothing") for flag in ["std_weight"] if args.ema == 1),
     ]
     for flag, other in without_effect:

@@ -60,8 +60,6 @@ def select(importance, labels, args, rng):
     """
     if args.method == "infobatch":
         return infobatch(importance, args.keep, rng)
-    if args.adaptive:
-        return adaptive(importance, args.batch_size, rng), np.ones(len(importance), np.float32)
     if args.sample:
         importance = gumbel_log_scores(importance, rng)
     if args.stratify:
@@ -150,17 +148,6 @@ def with_class_floor(kept, scores, labels, floor):
         raise SelectionError(f"--class-floor {floor} needs {len(safe)} samples, but --keep allows {len(kept)}; lower "
                              "--class-floor or raise --keep")
     return np.sort(np.r_[safe, order[~np.isin(order, safe)]][: len(kept)])
-
-
-def adaptive(scores, least, rng):
-    """Keep each sample with probability min(1, score), and the `least` highest: learned samples leave by themselves.
-
-    scores: (N,) float. Returns indices, ascending, int64. SelectionError where a score is not finite.
-    """
-    check_finite(scores)
-    kept = rng.random(len(scores)) < scores
-    kept[np.argsort(-scores, kind="stable")[:least]] = True
-    return np.flatnonzero(kept)
 
 
 def infobatch(scores, keep, rng):

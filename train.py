@@ -158,7 +158,7 @@ def check_sizes(args, labels):
     size = kept_size(len(labels), args.keep or 1)
     if args.batch_size < 2 * world_size() > 2:
         raise RunError(f"--batch-size {args.batch_size}: {world_size()} processes need at least {2 * world_size()}")
-    if args.keep and size < args.batch_size and args.method not in ("full", "infobatch"):
+    if size < args.batch_size and args.method not in ("full", "infobatch"):
         raise RunError(f"--keep {args.keep:g} of {len(labels)} train samples is {size}, less than one batch of "
                        f"{args.batch_size}; raise --keep or lower --batch-size")
     if args.class_floor:

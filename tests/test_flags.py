@@ -69,11 +69,11 @@ def test_the_learning_rate_stays_within_0_and_lr(method, given_flags, steps):
 
 # ---- every flag changes the run, or is refused
 
-MODES = ["full", "random", "el2n", "el2n --sample", "el2n --adaptive", "el2n --selection static", "loss",
+MODES = ["full", "random", "el2n", "el2n --sample", "el2n --selection static", "loss",
          "forgetting", "grand", "infobatch"]  # fmt: skip
 EFFECTS = {"--keep": "0.7", "--full-epochs": "3", "--cycle": "3", "--full-end": "2", "--selection": "static",
            "--ema": "0.4", "--std-weight": "5", "--offset": "0.2", "--stratify": None, "--class-floor": "2",
-           "--rescore": "none", "--sample": None, "--adaptive": None}  # fmt: skip
+           "--rescore": "none", "--sample": None}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +113,11 @@ def test_a_pruning_flag_changes_the_run_or_is_refused(quick, capsys, mode):
     for flag, value in EFFECTS.items():
         if flag in mode:
             continue
-        if mode in ("el2n --sample", "el2n --adaptive") and flag == "--rescore":
+        if mode == "el2n --sample" and flag == "--rescore":
             value = "all"  # none is its default
         got = quick(f"{mode} {flag} {value or ''}")
         assert got != plain, f"--method {mode} {flag} does nothing"
         if got:
             accepted.add(flag)
-    assert ("--keep" in accepted) == (mode not in ("full", "el2n --adaptive"))
+    assert ("--keep" in accepted) == (mode != "full")
     assert all(line.startswith("train.py: error") for line in capsys.readouterr().err.splitlines())

@@ -69,8 +69,7 @@ def test_highest_agrees_with_sorting_pairs(scores, keep, offset):
 def test_scores_that_are_not_finite_are_refused(bad, rng):
     scores = np.array([1.0, bad, 0.0])  # the last rule refuses −1, which is no chance
     for rule in (lambda: highest(scores, 0.5), lambda: pruning.stratified(scores, 0.5, 0, rng),
-                 lambda: infobatch(scores, 0.5, rng), lambda: pruning.adaptive(scores, 1, rng),
-                 lambda: pruning.gumbel_log_scores(-scores, rng)):  # fmt: skip
+                 lambda: infobatch(scores, 0.5, rng), lambda: pruning.gumbel_log_scores(-scores, rng)):  # fmt: skip
         with pytest.raises(SelectionError):
             rule()
 
@@ -139,14 +138,6 @@ def test_infobatch_agrees_with_one_sample_at_a_time(keep):
     assert np.mean(sums) == pytest.approx(scores.sum(), abs=4 * np.std(sums) / 1000**0.5)
 
 
-def test_adaptive_selection_has_the_scores_as_chances(rng):
-    """A score of 1 or more is always kept, and so is the highest one, even where all scores are 0."""
-    scores = np.array([0, 0.1, 0.5, 1, 7])
-    kept = np.mean([np.isin(np.arange(5), pruning.adaptive(scores, 1, rng)) for _ in range(5000)], axis=0)
-    assert kept.tolist() == pytest.approx([0, 0.1, 0.5, 1, 1], abs=0.03)
-    assert pruning.adaptive(np.zeros(3), 1, rng).tolist() == [0]
-
-
 def test_the_flags_choose_the_rule(rng):
     def kept_by(line, scores=range(100), labels=(0,) * 50 + (1,) * 50):
         return select(np.array(scores, float), np.array(labels), flags.parse(line.split(), ""), rng)[0].tolist()
@@ -160,7 +151,6 @@ def test_the_flags_choose_the_rule(rng):
     rare = kept_by("--keep 0.2 --sample --class-floor 2", [1] * 98 + [0, 0], [0] * 98 + [1, 1])
     assert {98, 99} < set(rare) and len(rare) == 20
     assert set(range(50, 100)) < set(kept_by("--method infobatch"))
-    assert kept_by("--adaptive") == list(range(1, 100))
 
 
 # ---- smoothing
