@@ -277,7 +277,7 @@ def metrics_line(metrics):
 
 
 def advice(learned):
-    """Return what to expect of pruning, as text, from the share `Run.learned`. results/gain.svg has the evidence."""
+    """Return what to expect of pruning, as text, from the share `Run.learned`. results/tried.md has the evidence."""
     did = "pruning gained over fewer epochs" if learned > 0.1 else "fewer epochs on all data did as well as pruning"
     return f"{learned:.0%} of the samples are learned (EL2N below 0.1); on such data, {did}"
 
