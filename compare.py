@@ -36,11 +36,15 @@ def read_rows(paths):
             except OSError as error:
                 print(f"warning: {file}: {error.strerror}; skipped", file=sys.stderr)
                 continue
+            damaged = []
             for number, line in enumerate(lines, 1):
                 try:
                     rows += [completed(json.loads(line))] if line.strip() else []
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    print(f"warning: {file}:{number}: damaged row, skipped ({clean(error)})", file=sys.stderr)
+                    damaged.append(f"{file}:{number}: damaged row, skipped ({clean(error)})")
+            if damaged:
+                more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+                print(f"warning: {damaged[0]}{more}", file=sys.stderr)
     return rows
 
 

@@ -154,15 +154,22 @@ def row_file(folder, *rows):
 @pytest.mark.parametrize("change", [
     {"args": None}, {"args": []}, {"dev": {}}, {"test": {"frame_acc": "90"}}, {"test": {"frame_acc": float("nan")}},
     {"test": {"frame_acc": 10**400}}, {"seconds": {}}, {"seconds": {"total": 0}}, {"full_epoch_seconds": "9"},
-    {"environment": 5}, {"dev_mismatched": 5}, {"args": {**row()["args"], "epochs": 0}},
+    {"environment": 5}, {"learned": "x"}, {"dev_mismatched": 5}, {"args": {**row()["args"], "epochs": 0}},
     {"args": {**row()["args"], "seed": []}}, {"args": {**row()["args"], "dataset": ["d"]}},
 ])  # fmt: skip
 def test_damaged_rows_are_named_and_skipped(tmp_path, capsys, change):
     damaged = {**row(), **change}, json.dumps(row())[:50], "5", "[" * 100000
     path = row_file(tmp_path, row(), *damaged, row(seed=2))
     assert [kept["args"]["seed"] for kept in compare.read_rows([path])] == [0, 2]
-    warnings = capsys.readouterr().err.splitlines()
-    assert [warning.split(":")[2] for warning in warnings] == ["2", "3", "4", "5"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.split(":")[2] == "2" and warning.endswith("3 more")
+
+
+def test_the_learning_rate_that_is_best_on_dev_is_chosen_once_all_are_there(tmp_path):
+    rows = [row(lr=lr, dev=dev, seed=seed) for lr, dev, seed in ((1e-4, 80, 0), (2e-4, 81, 0), (3e-4, 99, 1))]
+    write(tmp_path, {f"run{i}/result.json": [json.dumps(one)] for i, one in enumerate(rows)})
+    assert compare.best_rate(tmp_path, "0", "1e-4", "2e-4") == 2e-4
+    assert compare.best_rate(tmp_path, "0", "1e-4", "4e-4") is None
 
 
 def test_a_folder_of_runs_is_read(tmp_path, capsys):
