@@ -69,10 +69,7 @@ def completed(row):
     machine = f"{processor}, threads {facts.get('threads')}, processes {facts.get('processes')}"
     machine += f", {args.get('precision')}"
     cost = args["epochs"] if args["method"] == "full" else epoch and total / epoch
-    if not 0 <= (row.get("learned") or 0) <= 1:
-        raise ValueError("learned must be from 0 to 1")
-    derived = {"metrics": metrics, "metric": metric, "split": split, "cost": cost, "machine": machine}
-    return {"learned": None, **row, **derived}
+    return {**row, "metrics": metrics, "metric": metric, "split": split, "cost": cost, "machine": machine}
 
 
 # ---- arms and tasks
@@ -125,8 +122,7 @@ class Task:
             by_arm.setdefault(json.dumps(settings(row["args"]), sort_keys=True), []).append(row)
         self.title, self.arms = clean(title), sorted(map(Arm, by_arm.values()), key=lambda arm: arm.order)
         self.metric, self.measure = rows[0]["metric"], METRICS.get(rows[0]["metric"], rows[0]["metric"])
-        self.split, learned = rows[0]["split"], [row["learned"] for row in rows if row["learned"] is not None]
-        self.learned = mean(learned) if learned else None
+        self.split = rows[0]["split"]
         by_epochs = groupby((arm for arm in self.arms if arm.full), key=lambda arm: arm.epochs)
         self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
         self.full = self.baselines[0] if self.baselines else None

@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 
-from compare import half_width
-
 # The methods that a headline usually has look the same in every figure. Any other method takes the next free style.
 STYLES = {
     "sampled EL2N": ("#d1495b", "o"), "highest EL2N": ("#00798c", "s"), "random": ("#8a8a8a", "^"),
@@ -54,23 +52,6 @@ def figure(tasks, arms, path):
     handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.supxlabel("time, % of full data (along a line, the keep fraction falls from right to left)", size=9)
     fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns + 2, frameon=False)
-    save(fig, path)
-
-
-def gain_figure(gains, title, path):
-    """Draw what a method gains over full data in equal time, against the share of samples that are learned early.
-
-    gains: {Task: points, one a seed}. The figure has their mean with its 95 % interval.
-    """
-    fig, ax = pyplot().subplots(figsize=(5, 3), layout="constrained")
-    ax.axhline(0, color="black", lw=0.8)
-    for task, values in gains.items():
-        if values:
-            x, y, half = 100 * task.learned, np.mean(values), half_width(values) if len(values) > 1 else 0
-            ax.errorbar(x, y, yerr=half, fmt="o", color="#d1495b", elinewidth=0.7)
-            ax.annotate(f"{task.title} (n {len(values)})", (x, y), xytext=(5, 3), textcoords="offset points", size=8)
-    ax.set(xlabel="samples with EL2N below 0.1 in the last epoch before pruning, %")
-    ax.set(ylabel="points above full data in equal time", title=title)
     save(fig, path)
 
 

@@ -152,15 +152,6 @@ class Run:
         keep = np.isin(np.arange(len(scores)), kept)
         with written(self.folder / "rounds" / f"epoch-{len(self.log) + 1:03}.npz") as part:
             np.savez_compressed(part, scores=scores, importance=importance, keep=keep)
-        if len(self.log) == self.args.full_epochs and (learned := self.learned()) is not None:
-            print(advice(learned), flush=True)
-
-    def learned(self):
-        """Return the share of samples with an EL2N below 0.1 in the last of the τ full epochs; None if not recorded."""
-        first = min((self.folder / "rounds").glob("epoch-*.npz"), default=None)
-        if first is None or self.args.method != "el2n" or self.args.rescore != "none":
-            return None
-        return round(float((np.load(first)["scores"] < 0.1).mean()), 4)
 
     def end_epoch(self, kept, dev, state):
         """Check that the weights are finite, log the epoch, and save a checkpoint every --save-every epochs.
@@ -217,7 +208,7 @@ class Run:
             "samples": {name: len(split) for name, split in self.data.splits.items()}, "steps": self.steps,
             "seconds": {phase: round(s, 3) for phase, s in {**seconds, "total": total}.items()},
             "full_epoch_seconds": round(statistics.median(full), 4) if full else None,
-            "learned": self.learned(), "selections": sum("select" in line["seconds"] for line in log),
+            "selections": sum("select" in line["seconds"] for line in log),
             "samples_seen": sum(line["kept"] for line in log), "samples_full": n * self.args.epochs,
             "tokens_seen": sum(line["tokens"] for line in log),
             "tokens_full": int(self.data.train.lengths.sum()) * self.args.epochs, **metrics,
@@ -276,12 +267,6 @@ def metrics_line(metrics):
     return "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
 
 
-def advice(learned):
-    """Return what to expect of pruning, as text, from the share `Run.learned`. results/tried.md has the evidence."""
-    did = "pruning gained over fewer epochs" if learned > 0.1 else "fewer epochs on all data did as well as pruning"
-    return f"{learned:.0%} of the samples are learned (EL2N below 0.1); on such data, {did}"
-
-
 def summary(row, run):
     """Return what a person wants to know when a run ends, as text. row: of `Run.finish`."""
     args, seconds, folder = run.args, {"score": 0, "select": 0, "save": 0, **row["seconds"]}, run.folder
@@ -307,8 +292,6 @@ def summary(row, run):
     if row["selections"] and args.selection != "static" and end < before:
         lines.append(f"lost   dev {metric} was {before:.2f} before pruning and is {end:.2f} now; keep more, or "
                      "train on full data")
-    if row["learned"] is not None:
-        lines.append(f"hint   {advice(row['learned'])}")
     lines.append(f"left   {folder}/ with result, log, scores and masks; python report.py {args.out} compares runs")
     if not args.no_model:
         text = ("…", "…") if run.data.pairs else "…"

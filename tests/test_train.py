@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from conftest import (  # isort: skip
     GPU, ROOT, assert_same_run, data_folder, ended, free_port, log_of, only_folder, refused, rounds_of, row_of,
 )  # fmt: skip
 
-import runs
 import scoring
 import train
 from data import batches, load, load_tokenizer
@@ -124,16 +122,6 @@ def test_static_selection_trains_from_the_pretrained_weights_again(run, tiny, to
     limit_vocabulary(fresh, data)
     assert len(states) == 1 and torch.equal(FlatAdamW(fresh, "fp32", 1.0).master, states[0])
     assert list(rounds_of(folder)) == ["epoch-002.npz"] and row_of(folder)["epoch_kept"] == [64] + [32] * 4
-
-
-def test_the_share_of_learned_samples_is_that_of_the_first_selection(tmp_path):
-    """A sample is learned where its EL2N of a training step is below 0.1."""
-    (tmp_path / "rounds").mkdir()
-    for epoch, scores in ((3, [0.05, 0.099, 0.1, 1]), (4, [0, 0, 0, 0])):
-        np.savez(tmp_path / "rounds" / f"epoch-{epoch:03}.npz", scores=np.array(scores))
-    for rescore, learned in (("none", 0.5), ("all", None)):
-        args = SimpleNamespace(method="el2n", rescore=rescore)
-        assert runs.Run.learned(SimpleNamespace(folder=tmp_path, args=args)) == learned
 
 
 # ---- that it repeats
