@@ -88,8 +88,8 @@ def parser(description):
     add = p.add_argument_group("method").add_argument
     add("--method", default="el2n", choices=METHODS, help="how samples are chosen; full keeps all")
     add("--keep", type=number(float, "above 0 and below 1; --method full keeps everything", lambda k: 0 < k < 1),
-        metavar="k", help="k: fraction of the samples to keep (1 - ρ in the paper); infobatch: if of low loss "
-        "(default: 0.5)", **late)
+        metavar="k", help="k: fraction of the samples to keep (1 - ρ in the paper); "
+        "infobatch: fraction of the samples with a low loss (default: 0.5)", **late)
     add("--full-epochs", type=count_or_0, metavar="τ",
         help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)", **late)
     add("--cycle", type=count, metavar="T",
