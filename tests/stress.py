@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -41,12 +42,16 @@ def assert_goes_on(start, command, whole, tmp_path):
 @pytest.mark.parametrize("resumes", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_a_random_moment(start, command, assert_goes_on, rng, number, resumes):
-    """Also while resuming."""
+    """Within the time of a whole run, also while resuming."""
+    began = time.perf_counter()
+    assert ended(start(command(out="whole"))) == 0
+    duration = time.perf_counter() - began
     for _ in range(1 if SHORT else 10):
         for flags in [[], ["--resume"]][: 1 + resumes]:
             process = start(command(*flags))
-            time.sleep(0.2 + 1.5 * rng.random())
-            os.kill(process.pid, number)
+            time.sleep(0.2 + duration * rng.random())
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process.pid, number)
             assert ended(process) in (0, -9, 128 + number)  # 0: it had just ended
         assert_goes_on("runs")
 
