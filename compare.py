@@ -41,10 +41,10 @@ def read_rows(paths):
                 try:
                     rows += [completed(json.loads(line))] if line.strip() else []
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    damaged.append(f"{file}:{number}: damaged row, skipped ({clean(error)})")
+                    damaged.append((number, error))
             if damaged:
-                more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-                print(f"warning: {damaged[0]}{more}", file=sys.stderr)
+                (number, error), more = damaged[0], f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+                print(f"warning: {file}:{number}: damaged row, skipped ({clean(error)}){more}", file=sys.stderr)
     return rows
 
 

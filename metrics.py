@@ -8,9 +8,7 @@ import numpy as np
 def spans(tags):
     """Return {(first word, last word + 1, name)} of a BIO sequence.
 
-    Like conlleval, an I-x that continues no x opens a span.
-
-    tags: list of "O", "B-x" or "I-x".
+    Like conlleval, an I-x that continues no x opens a span. tags: list of "O", "B-x" or "I-x".
     """
     found, start, name = set(), None, None
     for i, tag in enumerate([*tags, "O"]):
@@ -34,7 +32,7 @@ def accuracy(gold, predicted):
 
 
 def span_f1(gold, predicted):
-    """Return micro-averaged F1 over the spans of two lists of tag sequences, 2·TP / (gold + predicted)."""
+    """Return micro-averaged F1 over the spans of lists of tag sequences, 2·TP / (gold + predicted); 0 without spans."""
     right = total = 0
     for wanted, got in zip(gold, predicted, strict=True):
         wanted, got = spans(wanted), spans(got)

@@ -119,8 +119,8 @@ def gumbel_log_scores(scores, rng):
 def stratified(scores, keep, offset, rng, bins=50):
     """Keep equally many samples from each of 50 equally wide ranges of scores, at random.
 
-    This is coverage-centric selection (Zheng et al. 2023, who always use an offset). Fuller ranges make up for
-    short ones. Arguments and result as for `highest`.
+    This is coverage-centric selection (Zheng et al. 2023, who always use an offset). Fuller ranges make up for short
+    ones. Arguments and result as for `highest`.
     """
     order, size = ranking(scores, keep, offset)
     low, high = scores[order[-1]], scores[order[0]]
@@ -164,8 +164,8 @@ def infobatch(scores, keep, rng):
 class Smoother:
     """Smooth scores over the selections: χ̂ = EMA + c·SD, with EMA_n = α·χ_n + (1 − α)·EMA_{n−1}.
 
-    SD is the exponentially weighted standard deviation, corrected for bias; at first it is 0. alpha: weight
-    of the newest score, in (0, 1]; 1 is no smoothing. c: weight of the deviation.
+    SD is the exponentially weighted standard deviation, corrected for bias; at first it is 0. alpha: weight of the
+    newest score, in (0, 1]; 1 is no smoothing. c: weight of the deviation.
     """
 
     def __init__(self, alpha, c):

@@ -25,8 +25,6 @@ A run counts time in its own full epochs. "To full data" is the difference to fu
 time" is the difference to full data for fewer epochs at the same cost. Both are in points, paired by seed, with 95 %
 intervals. For each number of epochs, full data has the learning rate that is best on dev. The equal-time curve is the
 upper concave envelope of these runs, and it never falls. Letters name machines; seconds compare only within one."""
-
-
 LEGEND = """\
 Time is in percent of full data. Highest EL2N is the paper's method, sampled EL2N is `--sample`, and n counts seeds."""
 

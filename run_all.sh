@@ -15,10 +15,10 @@ case " $* " in *" --lr"*) echo "run_all.sh: set RATES=… instead of --lr" >&2; 
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
 out=${OUT:-runs/all} datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte} seeds=${SEEDS:-0 1 2} E=10
 if [ "${SMOKE:-}" ]; then
-    out=${OUT:-runs/smoke} datasets=${DATASETS:-demo} seeds=${SEEDS:-0} RATES=2e-4 E=5
+    out=${OUT:-runs/smoke} datasets=${DATASETS:-demo} seeds=${SEEDS:-0} RATES=${RATES:-2e-4} E=5
     set -- --max-train 128 --batch-size 16 "$@"
 elif [ "${PAPER:-}" ]; then
-    out=${OUT:-runs/paper} seeds=${SEEDS:-0 1 2 3 4} MODEL=${MODEL:-roberta-base} RATES=2e-5
+    out=${OUT:-runs/paper} seeds=${SEEDS:-0 1 2 3 4} MODEL=${MODEL:-roberta-base} RATES=${RATES:-2e-5}
     set -- --schedule constant --clip 0.03125 "$@" # the paper clips a batch's sum of losses, we its mean of 32
 fi
 always=(--no-model --resume "$@") failed=0

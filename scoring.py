@@ -99,8 +99,8 @@ class Scorer(torch.nn.Module):
     """The newest score of every sample of a split, (N,) fp32. It is a module so that its buffers can be saved.
 
     rescore: "all" makes a scoring pass when scores are asked for. "none" takes each score from the sample's last
-    training step: it costs next to nothing, but dropout was on and the model was younger. Forgetting
-    and infobatch always score this way.
+    training step: it costs next to nothing, but dropout was on and the model was younger. Forgetting and infobatch
+    always score this way.
     """
 
     def __init__(self, split, method, rescore):
