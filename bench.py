@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DEFAULT_MODEL, DataError, ModelError, batches, load, load_tokenizer, sorted_batches
+from data import DEFAULT_MODEL, batches, load, load_tokenizer, sorted_batches
 from engine import FlatAdamW, has_bf16, limit_vocabulary, set_matmul_backend, transformers_forward
-from flags import count, positive
+from errors import UserError
+from flags import count, device, positive
 from models import build_model, infer, losses
 from runs import Clock, environment
 from scoring import el2n
@@ -137,7 +138,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="demo", help="as in train.py")
     p.add_argument("--data-dir", help="as in train.py")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    p.add_argument("--device", type=device, default="auto", help="as in train.py")
     p.add_argument("--model", default=DEFAULT_MODEL, help="as in train.py")
     p.add_argument("--max-train", type=count, help="as in train.py")
     p.add_argument("--batch-size", type=count, default=32, help="samples in a training step (default: 32)")
@@ -150,7 +151,7 @@ def main(argv=None):
         print(table(result))
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1))
-    except (DataError, ModelError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
     return 0

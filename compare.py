@@ -6,9 +6,11 @@ the runs that differ in the seed alone. All differences are paired by seed.
 
 import json
 import sys
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
+
+import numpy as np
 
 TASK = ("dataset", "model", "max_length", "max_train", "tune")  # runs are compared only where these are equal
 NOT_SETTINGS = {"seed", "device", "precision"}  # runs of one arm may differ in these
@@ -93,7 +95,10 @@ def settings(args):
 
 
 class Arm:
-    """Rows that differ in the seed alone. Of two rows with one seed, the last counts."""
+    """Rows that differ in the seed alone. Of two rows with one seed, the last counts, with a warning.
+
+    costs: in own full epochs, one a seed; empty where one is not known. cost: their mean, or None.
+    """
 
     def __init__(self, rows):
         self.rows = {row["args"]["seed"]: row for row in rows}
@@ -103,10 +108,15 @@ class Arm:
         self.dev = {seed: row["dev"][row["metric"]] for seed, row in self.rows.items()}
         self.mean, self.deviation = mean(self.accuracy.values()), deviation(self.accuracy.values())
         costs = [row["cost"] for row in self.rows.values()]
-        self.cost = mean(costs) if all(costs) else None
+        self.costs = costs if all(costs) else []
+        self.cost = mean(costs) if self.costs else None
         self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
         self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
         self.order = not self.full, soft, -keep, self.name != "random", self.name, -self.epochs, args["lr"]
+        if len(rows) > len(self.rows):
+            what = clean(f"{args['dataset']}, {self.name}, keep {self.keep}, {self.epochs} epochs")
+            print(f"warning: {what}: {len(rows)} runs with {len(self.rows)} seeds; the last of a seed counts",
+                  file=sys.stderr)  # fmt: skip
 
 
 class Task:
@@ -142,11 +152,23 @@ class Task:
 
     def to_full(self, arm):
         """Return an arm's points above full data, one a seed."""
-        return differences(arm, [(1, self.full)] if self.full and arm is not self.full else [])
+        if not self.full or arm is self.full:
+            return []
+        return [arm.accuracy[seed] - self.full.accuracy[seed] for seed in sorted(arm.rows) if seed in self.full.rows]
 
     def to_equal_time(self, arm):
-        """Return an arm's points above full data in the same time, one a seed."""
-        return [] if arm.full else differences(arm, at_cost(self.corners, arm.cost))
+        """Return an arm's points above full data in the same time, one for each seed that all of the arms have.
+
+        It is empty without a cost, and below the smallest cost on full data.
+        """
+        costs = [cost for cost, _, _ in self.corners]
+        if arm.full or not arm.cost or not costs or arm.cost < costs[0]:
+            return []
+        gains = []
+        for seed in sorted(arm.rows):
+            curve = [corner.accuracy.get(seed, np.nan) for _, _, corner in self.corners]
+            gains.append(arm.accuracy[seed] - float(np.interp(arm.cost, costs, curve)))
+        return [gain for gain in gains if np.isfinite(gain)]  # else a corner beside the cost lacks the seed
 
 
 def tasks(rows):
@@ -174,10 +196,17 @@ def best_on_dev(arms):
 
 
 def best_rate(folder, seed, *rates):
-    """Return the learning rate that is best on dev, of the runs in a folder with this seed; None if one is missing."""
-    rows = [row for row in read_rows([folder]) if row["args"]["seed"] == int(seed)]
-    best = {row["args"]["lr"]: row["dev"][row["metric"]] for row in rows}
-    return max(best, key=best.get) if set(map(float, rates)) <= set(best) else None
+    """Return which learning rate is best on dev, of the runs in a folder with this seed; None if one is missing.
+
+    It is for run_all.sh: it exits with one line where a rate has several runs, which differ in other settings.
+    """
+    dev = {}
+    for row in read_rows([folder]):
+        if row["args"]["seed"] == int(seed) and row["args"]["lr"] in map(float, rates):
+            if row["args"]["lr"] in dev:
+                sys.exit(f"run_all.sh: {folder}: several runs with lr {row['args']['lr']:g}; set another OUT")
+            dev[row["args"]["lr"]] = row["dev"][row["metric"]]
+    return max(dev, key=dev.get) if len(dev) == len(rates) else None
 
 
 def envelope(points):
@@ -196,23 +225,6 @@ def envelope(points):
             corners.pop()  # it is not above the line from the corner before it to the new point
         corners.append((cost, accuracy, arm))
     return corners
-
-
-def at_cost(corners, cost):
-    """Return the envelope at a cost as [(weight, arm)]. It is empty for None and below the smallest cost."""
-    if cost is None or not corners or cost < corners[0][0]:
-        return []
-    for (x, _, arm), (x1, _, arm1) in pairwise(corners):
-        if x <= cost < x1:
-            share = (cost - x) / (x1 - x)
-            return [(weight, other) for weight, other in ((1 - share, arm), (share, arm1)) if weight]
-    return [(1, corners[-1][2])]
-
-
-def differences(arm, weighted):
-    """Return an arm's points above a weighted mean of other arms, one for each seed that all of them have."""
-    seeds = [seed for seed in sorted(arm.rows) if weighted and all(seed in other.rows for _, other in weighted)]
-    return [arm.accuracy[seed] - sum(weight * other.accuracy[seed] for weight, other in weighted) for seed in seeds]
 
 
 def deviation(values):

@@ -7,9 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 import torch
 from torch import distributed
 
-
-class ProcessError(RuntimeError):
-    """Processes that cannot be reached. The message is one line."""
+from errors import UserError, one_line
 
 
 def rank():
@@ -56,8 +54,8 @@ def process_group(args):
             args.device = "cuda"  # the device that was just set
         distributed.init_process_group("nccl" if on_gpu else "gloo")
     except (ValueError, KeyError, RuntimeError) as error:  # a variable is missing, or there are too few GPUs
-        raise ProcessError(f"WORLD_SIZE={world}: the other processes cannot be reached ({str(error).splitlines()[0]}); "
-                      "start several processes with torchrun, or unset WORLD_SIZE") from None
+        raise UserError(f"WORLD_SIZE={world}: the other processes cannot be reached ({one_line(error)}); start several "
+                        "processes with torchrun, or unset WORLD_SIZE") from None
     try:
         if rank() == 0:
             yield

@@ -6,19 +6,19 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from data import Batch, ModelError, one_line, pretrained
+from data import pretrained
 from engine import first_position
+from errors import UserError, expect, one_line
 
 
 def load_encoder(name):
-    """Return the encoder of a hub id or local folder, in fp32, without pooler. ModelError for any other model."""
+    """Return the encoder of a hub id or local folder, in fp32, without pooler. UserError for any other model."""
     # Without dtype, a checkpoint in half precision would be trained in half precision.
     encoder, loaded = pretrained(AutoModel, name, dtype=torch.float32, output_loading_info=True)
     missing = [weight for weight in loaded["missing_keys"] if "pooler" not in weight]
-    if missing:
-        raise ModelError(f"--model {name}: {len(missing)} weights are missing from its file ({min(missing)}, …)")
-    if encoder.config.is_encoder_decoder or not hasattr(encoder.config, "hidden_size"):
-        raise ModelError(f"--model {name}: {type(encoder).__name__} is no encoder; take one such as BERT or RoBERTa")
+    expect(not missing, f"--model {name}", f"weights are missing from its file ({', '.join(sorted(missing)[:3])})")
+    fits = hasattr(encoder.config, "hidden_size") and not encoder.config.is_encoder_decoder
+    expect(fits, f"--model {name}", f"{type(encoder).__name__} is no encoder; take one such as BERT or RoBERTa")
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # our sentence head takes its place
     return encoder
@@ -36,35 +36,23 @@ def has_segments(encoder):
 
 
 def check_model(model, data, name, precision):
-    """Raise ModelError where a new NLUModel cannot be trained on `data` in `precision`. name: of its encoder."""
-    splits, encoder, tokenizer = data.splits.values(), model.encoder, model.tokenizer
+    """Raise UserError where a new NLUModel cannot be trained on `data` in `precision`. name: of its encoder."""
+    splits, encoder, flag = data.splits.values(), model.encoder, f"--model {name}"
     highest = max(data.train.pad, *(int(split.tokens.max()) for split in splits))
-    if highest >= len(encoder.get_input_embeddings().weight):
-        raise ModelError(f"--model {name}: its tokenizer has token {highest}, which its encoder cannot embed; "
-                         "take the tokenizer that belongs to the encoder")
-    longest, limit = max(split.lengths.max() for split in splits), max_tokens(encoder, tokenizer)
-    if longest > limit:
-        raise ModelError(f"--model {name}: takes at most {limit} tokens, but {data.name} has a sample of {longest}; "
-                         f"add --max-length {limit} to cut longer samples off")
+    expect(highest < len(encoder.get_input_embeddings().weight), flag, f"its tokenizer has token {highest}, which its "
+           "encoder cannot embed; take the tokenizer that belongs to the encoder")
+    longest, limit = max(split.lengths.max() for split in splits), max_tokens(encoder, model.tokenizer)
+    expect(longest <= limit, flag, f"takes at most {limit} tokens, but {data.name} has a sample of {longest}; add "
+           f"--max-length {limit} to cut longer samples off")
+    lengths = data.train.lengths
     try:
-        sees_last_token = try_batch(model, padded_pair(data.train), precision)
+        sees_last_token = try_batch(model, data.train.batch(np.array([lengths.argmax(), lengths.argmin()])), precision)
     except Exception as error:  # whatever a foreign encoder raises
         advice = "take another model" if precision == "fp32" else "try --precision fp32, or another model"
-        raise ModelError(f"--model {name}: the encoder fails on a first batch in {precision} ({one_line(error)}); "
-                         f"{advice}") from None
-    if not sees_last_token:
-        raise ModelError(f"--model {name}: its first token does not see the last one, as in a causal decoder; take an "
-                         "encoder such as BERT or RoBERTa")
-
-
-def padded_pair(split):
-    """Return the longest and the shortest sample of a split as a Batch with padding, of at most 16 tokens."""
-    batch = split.batch(np.array([split.lengths.argmax(), split.lengths.argmin()]))
-    tokens = batch.tokens[:, :16].clone()
-    mask = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask[:, :16].clone()
-    mask[1, -1], tokens[1, -1] = False, split.pad
-    types, tags = (None if array is None else array[:, :16] for array in (batch.types, batch.tags))
-    return Batch(batch.indices, tokens, types, mask, batch.labels, tags)
+        message = f"the encoder fails on a first batch in {precision} ({one_line(error)}); {advice}"
+        raise UserError(f"{flag}: {message}") from None
+    expect(sees_last_token, flag, "its first token does not see the last one, as in a causal decoder; take an encoder "
+           "such as BERT or RoBERTa")
 
 
 def try_batch(model, batch, precision):

@@ -163,22 +163,10 @@ class UsedEmbedding(nn.Module):
         self.register_buffer("row", torch.full((table.num_embeddings,), -1))  # looking up an unused token fails
         self.row[used] = torch.arange(len(used))
         self.weight = nn.Parameter(table.weight.detach()[used])
-        self.looked_up = None  # FlatAdamW makes it a list of (rows, vectors), which wait for add_gradient
 
     def forward(self, tokens):
-        rows = self.row[tokens]
-        if self.looked_up is None or not torch.is_grad_enabled():
-            return F.embedding(rows, self.weight)
-        vectors = F.embedding(rows, self.weight.detach()).requires_grad_()
-        self.looked_up.append((rows.flatten(), vectors))
-        return vectors.clone()  # an encoder may change its input in place, which a leaf does not allow
-
-    def add_gradient(self, total):
-        """Add the gradient since the last call to `total`, (rows, width) fp32, in place."""
-        for rows, vectors in self.looked_up:
-            if vectors.grad is not None:
-                total.index_add_(0, rows, vectors.grad.flatten(0, 1).float())
-        self.looked_up.clear()
+        sparse = self.weight.device.type in ("cpu", "cuda")  # the gradient holds the rows that were looked up
+        return F.embedding(self.row[tokens], self.weight, sparse=sparse)
 
 
 def limit_vocabulary(model, data):
@@ -191,7 +179,7 @@ def limit_vocabulary(model, data):
         used = torch.zeros(table.num_embeddings, dtype=torch.bool)
         used[data.train.pad] = True
         for split in data.splits.values():
-            used[split.tokens.int().cpu()] = True
+            used[split.tokens.cpu()] = True
         model.encoder.set_input_embeddings(UsedEmbedding(table, used.nonzero().squeeze(1)))
 
 
@@ -230,9 +218,6 @@ class FlatAdamW:
         self.gradients = dict(zip(self.weights, self.views(self.master.grad)))
         for weight, view in zip(self.weights, self.views(self.copy)):
             weight.data = view
-        self.tables = [module for module in model.modules() if isinstance(module, UsedEmbedding)]
-        for table in self.tables:
-            table.looked_up = []
 
     def views(self, flat):
         """Return a flat vector as one view for each weight, in the weight's shape."""
@@ -242,10 +227,13 @@ class FlatAdamW:
     def step(self, lr):
         """Update all weights from their gradients, then clear the gradients."""
         for weight, gradient in self.gradients.items():
-            gradient.zero_() if weight.grad is None else gradient.copy_(weight.grad)
+            if weight.grad is None:
+                gradient.zero_()
+            elif weight.grad.is_sparse:  # adding it as it is would round sums to the dtype of the copy
+                gradient.zero_().index_add_(0, weight.grad._indices()[0], weight.grad._values().float())
+            else:
+                gradient.copy_(weight.grad)
             weight.grad = None
-        for table in self.tables:
-            table.add_gradient(self.gradients[table.weight])
         all_reduce_sum(self.master.grad)
         self.adam.param_groups[0]["lr"] = lr
         scale = ((norm(self.master.grad) + 1e-6) / self.clip).clamp(min=1.0)
@@ -271,5 +259,3 @@ class FlatAdamW:
         """Give the model its fp32 weights. The optimizer cannot be used after this."""
         for weight, view in zip(self.weights, self.views(self.master)):
             weight.data = view
-        for table in self.tables:
-            table.looked_up = None

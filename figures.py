@@ -4,55 +4,34 @@ import math
 
 import numpy as np
 
-# The methods that a headline usually has look the same in every figure. Any other method takes the next free style.
-STYLES = {
-    "sampled EL2N": ("#d1495b", "o"), "highest EL2N": ("#00798c", "s"), "random": ("#8a8a8a", "^"),
-    "InfoBatch": ("#edae49", "D"),
-}  # fmt: skip
-FURTHER = (("#8d5a97", "v"), ("#66a182", "P"), ("#2e4057", "X"), ("#a0826d", "*"), ("#c97b84", "<"), ("#5b8fd1", ">"))
-
-
-def pyplot():
-    """Return matplotlib's pyplot, set to write the same file for the same content."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "data diets", "text.parse_math": False, "axes.spines.top": False,
-                                "axes.spines.right": False})  # fmt: skip
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save(fig, path):
-    """Write a figure to path.svg and path.png, without a date."""
-    fig.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    fig.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    pyplot().close(fig)
-
 
 def figure(tasks, arms, path):
     """Draw accuracy against time: a panel for each of the first 8 Tasks, a line for each method of the headline.
 
     arms: {(keep, method): {Task: arm}}. A method's line goes through its keep fractions. The equal-time curve of full
-    data is black.
+    data is black. Writes path.svg and path.png. ImportError without matplotlib.
     """
-    plt, tasks = pyplot(), [task for task in tasks if task.full][:8]
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in tasks if task.full][:8]
     methods = sorted({name for (_, name), by_task in arms.items() if not any(arm.full for arm in by_task.values())})
-    free = iter(FURTHER * len(methods))
-    styles = {name: STYLES.get(name) or next(free) for name in methods}
+    styles = {name: (f"C{i}", "osD^vPX*<>"[i % 10]) for i, name in enumerate(methods)}
     columns = min(3, len(tasks))
     lines = math.ceil(len(tasks) / columns)
-    size = (3.2 * columns, 2.5 * lines + 0.7)
-    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(tasks) :]:
-        ax.remove()
-    for ax, task in zip(axes.flat, tasks):
-        panel(ax, task, {key: by_task[task] for key, by_task in arms.items() if task in by_task}, styles)
-    handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.supxlabel("time, % of full data (along a line, the keep fraction falls from right to left)", size=9)
-    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns + 2, frameon=False)
-    save(fig, path)
+    with rc_context({"svg.hashsalt": "data diets", "text.parse_math": False, "axes.spines.top": False,
+                     "axes.spines.right": False}):  # fmt: skip
+        fig = Figure(figsize=(3.2 * columns, 2.5 * lines + 0.7), layout="constrained")
+        axes = fig.subplots(lines, columns, squeeze=False).flat
+        for ax in axes[len(tasks) :]:
+            ax.remove()
+        for ax, task in zip(axes, tasks):
+            panel(ax, task, {key: by_task[task] for key, by_task in arms.items() if task in by_task}, styles)
+        handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        fig.supxlabel("time, % of full data (along a line, the keep fraction falls from right to left)", size=9)
+        fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns + 2, frameon=False)
+        fig.savefig(path.with_suffix(".svg"), metadata={"Date": None})  # the same file for the same content
+        fig.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
 
 
 def panel(ax, task, arms, styles):

@@ -24,17 +24,20 @@ USES = {
 PRUNING = {flag for flags in USES.values() for flag in flags}
 
 
-def defaults(args, given):
-    """Return the value of every pruning flag that the user did not give, as {flag: value}; None where it has no use."""
+def defaults(args, given, classifies):
+    """Return the value of every pruning flag that the user did not give, as {flag: value}; None where it has no use.
+
+    classifies: whether the task is classification, for which the paper does not smooth scores.
+    """
     if args.method == "full":
         return dict.fromkeys(PRUNING) | {"full_epochs": args.epochs, "cycle": 1, "full_end": 0}
     static, sample = given.get("selection") == "static", given.get("sample", False)
     flags = {"keep": 0.5, "full_epochs": 2, "cycle": 2, "full_end": 0, "selection": "dynamic", "rescore": "all",
              "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "stratify": False,
              "class_floor": 0}  # fmt: skip
-    if sample or static or args.method == "forgetting":
-        flags |= {"ema": 1.0, "std_weight": 0.0}  # an average would favour old scores
-    if given.get("ema") == 1:
+    if classifies or sample or static or args.method == "forgetting":  # the last three: an average favours old scores
+        flags["ema"] = 1.0
+    if given.get("ema", flags["ema"]) == 1:
         flags["std_weight"] = 0.0
     if sample:
         flags |= {"cycle": 1, "rescore": "all" if static else "none"}
@@ -59,6 +62,18 @@ def number(kind, right, holds):
         return value
 
     return parse
+
+
+def device(name):
+    """Return the name of a device that works here, for argparse. auto is cuda where there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name).cpu()  # "meta" has no values to bring back
+    except Exception as error:  # RuntimeError, AssertionError and others, by backend
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name} is not available here ({reason}); try cpu") from None
+    return name
 
 
 count = number(int, "a whole number, at least 1", lambda n: n >= 1)
@@ -110,7 +125,7 @@ def parser(description):
     add("--rescore", choices=["all", "none"], help="all: a pass over every sample before a selection, dropout off; "
         "none: scores of the last training steps (default: all; dynamic --sample: none)", **late)
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
-        "(default: 0.8; 1 with --sample or forgetting)", **late)
+        "(default: 0.8; 1 for classification, with --sample and for forgetting)", **late)
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
         help="c: weight of the deviation that is added to the average (default: 1; 0 where α = 1)", **late)
 
@@ -126,7 +141,7 @@ def parser(description):
         help="seed of heads, dropout, batches and random selection")
 
     add = p.add_argument_group("run").add_argument
-    add("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one")
+    add("--device", type=device, default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one")
     add("--out", default="runs", metavar="DIR", help="folder of run folders")
     add("--resume", action="store_true", help="go on with the run of this command, if it was stopped", **late)
     add("--save-every", type=count, default=1, metavar="N", help="save a checkpoint every N epochs")
@@ -146,8 +161,9 @@ def parse(argv, description):
         args.dataset = os.path.abspath(args.dataset)
     args.data_dir = os.path.abspath(args.data_dir or default_folder())
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
-    args.lr = getattr(args, "lr", 1e-4 if find(args.dataset)[0].classifies else 2e-4)
-    for flag, value in defaults(args, given).items():
+    classifies = find(args.dataset)[0].classifies
+    args.lr = getattr(args, "lr", 1e-4 if classifies else 2e-4)
+    for flag, value in defaults(args, given, classifies).items():
         setattr(args, flag, value)
 
     static = args.selection == "static"
@@ -157,6 +173,7 @@ def parse(argv, description):
         *((flag, f"--method {args.method}") for flag in sorted(given.keys() - USES[args.method])),
         *((flag, "a single selection") for flag in ("ema", "std_weight") if once),
         *((flag, "--selection static") for flag in ["cycle"] if static),
+        *((flag, "a single random selection") for flag in ["full_epochs"] if static and args.method == "random"),
         *((flag, "--sample") for flag in ("offset", "stratify") if args.sample),
         *((flag, "--ema 1, which averages nothing") for flag in ["std_weight"] if args.ema == 1),
     ]
@@ -171,12 +188,6 @@ def parse(argv, description):
     if args.offset and args.offset > 1 - args.keep + 1e-9:
         p.error(f"--offset {args.offset:g}: must be at most 1 - keep, {1 - args.keep:g}")
 
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=args.device).cpu()  # "meta" has no values to bring back
-    except Exception as error:  # RuntimeError, AssertionError and others, by backend
-        p.error(f"--device {args.device}: not available here ({str(error).splitlines()[0]}); try --device cpu")
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(args.device) else "fp32"
     return args

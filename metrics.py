@@ -1,7 +1,5 @@
 """Numbers about predictions. `slot_f1` is over spans, as conlleval counts them."""
 
-from itertools import pairwise
-
 import numpy as np
 
 
@@ -19,11 +17,6 @@ def spans(tags):
         if prefix != "O" and name is None:
             start, name = i, kind
     return found
-
-
-def tag_names(split, ids, names):
-    """Return the tags of each utterance of a split, as a list of names. ids: (W,) of its words."""
-    return [[names[tag] for tag in ids[start:end].tolist()] for start, end in pairwise(split.word_offsets.tolist())]
 
 
 def accuracy(gold, predicted):
@@ -57,23 +50,24 @@ def matthews(gold, predicted):
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 
 
-def evaluate(data, split, labels, word_tags):
-    """Return metrics of predictions on a split of a Dataset, in percent.
+def evaluate(data, name, labels, tags):
+    """Return metrics of predictions on the split `name` of a Dataset, in percent.
 
-    labels: (N,) predicted; word_tags: (W,) predicted, LOST for a word without prediction, or None (classification).
-    A lost word has no tag: it breaks every span it is in, and is wrong even where O was right.
+    labels: (N,) ids; tags: for each sample the ids of its words, of which the last may be missing. A word without a
+    prediction breaks every span it is in, and is wrong even where O was right.
     """
-    gold_labels = split.labels.cpu().numpy()
-    if word_tags is None:
-        classes = np.array(data.labels)
-        return {name: 100 * CLASSIFICATION[name](classes[gold_labels], classes[labels]) for name in data.metrics}
-    gold = split.word_tags.cpu().numpy()
-    wrong_words = np.add.reduceat(gold != word_tags, split.word_offsets[:-1].cpu())  # each utterance has words
-    frames = (gold_labels == labels) & (wrong_words == 0)
-    names = [*data.tags, "O"]  # LOST is -1, the last: as a span boundary it reads as O
+    gold = data.gold[name]
+    wanted_labels, labels = np.array([sample.label for sample in gold]), np.array(data.labels)[labels]
+    if not data.tags:
+        return {metric: 100 * CLASSIFICATION[metric](wanted_labels, labels) for metric in data.metrics}
+    wanted = [sample.tags for sample in gold]
+    found = [[data.tags[tag] for tag in row] for row in tags]
+    found = [row + ["O-lost"] * (len(own) - len(row)) for row, own in zip(found, wanted)]  # no span, and not O
+    frames = [label == own and row == names for label, own, row, names in zip(labels, wanted_labels, found, wanted)]
+    right = [tag == own for row, names in zip(found, wanted) for tag, own in zip(row, names)]
     return {
-        "intent_acc": 100 * accuracy(gold_labels, labels),
-        "slot_f1": 100 * span_f1(tag_names(split, gold, names), tag_names(split, word_tags, names)),
+        "intent_acc": 100 * accuracy(wanted_labels, labels),
+        "slot_f1": 100 * span_f1(wanted, found),
         "frame_acc": 100 * float(np.mean(frames)),
-        "slot_token_acc": 100 * accuracy(gold, word_tags),
+        "slot_token_acc": 100 * float(np.mean(right)),
     }

@@ -7,6 +7,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import IGNORE, LOST, ModelError, Samples, encode, load_tokenizer, one_line, sorted_batches
+from data import IGNORE, Sample, encode, load_tokenizer, sorted_batches
 from encoders import check_model, has_segments, load_encoder, max_tokens
 from engine import dropout, encoder_forward, linear, onednn_is_faster, packed_linear, restore_vocabulary
+from errors import UserError, one_line
 
 
 class NLUModel(nn.Module):
@@ -63,15 +65,14 @@ class NLUModel(nn.Module):
         if not texts:
             return []
         texts = [text.split() if self.tags else tuple(text) if self.pairs else text.rstrip("\r\n") for text in texts]
-        unknown = [["O"] * len(words) for words in texts] if self.tags else None
-        samples = Samples(texts, ["?"] * len(texts), unknown)
-        split = encode(samples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {"?": 0}, {"O": 0})
+        samples = [Sample(text, "?", ["?"] * len(text) if self.tags else None) for text in texts]
+        split = encode(samples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {}, {})
         labels, tags = predictions(self, split.to(self.dense.weight.device))
+        names = [self.labels[label] for label in labels]
         if not self.tags:
-            return [(self.labels[label], []) for label in labels]
-        tag_names = [*self.tags, "O"]  # LOST is -1, the last
-        names = iter(tag_names[tag] for tag in tags)
-        return [(self.labels[label], [(word, next(names)) for word in words]) for label, words in zip(labels, texts)]
+            return [(name, []) for name in names]
+        found = [[self.tags[tag] for tag in row] for row in tags]
+        return [(name, list(zip_longest(words, row, fillvalue="O"))) for name, words, row in zip(names, texts, found)]
 
     def save(self, folder):
         """Write encoder and tokenizer in Hugging Face's layout, and our heads. The folder works as --model.
@@ -91,7 +92,7 @@ class NLUModel(nn.Module):
 
     @classmethod
     def load(cls, folder):
-        """Return the model that `save` wrote, in evaluation mode on the CPU. ModelError for any other folder."""
+        """Return the model that `save` wrote, in evaluation mode on the CPU. UserError for any other folder."""
         try:
             names = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))
             if not all(isinstance(name, str) for name in [] + names["labels"] + names["tags"]):
@@ -101,7 +102,7 @@ class NLUModel(nn.Module):
             weights = load_file(Path(folder, "heads.safetensors"))
             model.load_state_dict({**weights, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}})
         except Exception as error:
-            raise ModelError(f"{folder}: not a model folder that train.py wrote ({one_line(error)})") from None
+            raise UserError(f"{folder}: not a model folder that train.py wrote ({one_line(error)})") from None
         return model.eval()
 
 
@@ -123,42 +124,37 @@ def losses(outputs, batch):
 
 @torch.inference_mode()
 def infer(model, split, batch_list):
-    """Yield (batch, outputs) for each index array of `batch_list`, with dropout off."""
-    training = model.training
+    """Yield (batch, outputs) for each index array of `batch_list`. This turns dropout off, and it stays off."""
     model.eval()
     product = packed_linear() if len(batch_list) > 1 and onednn_is_faster(split.tokens.device) else linear
-    try:
-        for indices in batch_list:
-            batch = split.batch(indices)
-            yield batch, model(batch, product)
-    finally:
-        model.train(training)
+    for indices in batch_list:
+        batch = split.batch(indices)
+        yield batch, model(batch, product)
 
 
 def predictions(model, split, tokens=None):
-    """Return the most probable label of each sample, (N,) int64, and tag of each word, (W,) int64, in dataset order.
+    """Return the most probable label of each sample, (N,) int64, and the tags of its words, a list of int64 arrays.
 
-    A word that was cut off has the tag LOST. Without slots the second result is None. tokens: as in sorted_batches.
+    Both are in dataset order. Words that were cut off have no tag, so an array may be shorter than its utterance.
+    Without slots the arrays are empty. tokens: as in sorted_batches.
     """
-    labels = np.empty(len(split), dtype=np.int64)
-    tags = None if split.word_tags is None else np.full((len(split), split.lengths.max() + 1), LOST)
+    labels, tags = np.empty(len(split), dtype=np.int64), [np.empty(0, dtype=np.int64)] * len(split)
     for batch, (logits, tag_logits) in infer(model, split, sorted_batches(split, tokens=tokens)):
         labels[batch.indices] = logits.argmax(-1).cpu()
-        if tags is not None:
-            tags[batch.indices, : batch.tokens.shape[1]] = tag_logits.argmax(-1).cpu()
-    if tags is None:
-        return labels, None
-    owner = np.repeat(np.arange(len(split)), split.word_offsets.diff().cpu())
-    return labels, tags[owner, split.word_starts.cpu()]  # LOST is -1: the last column, where nothing was written
+        if tag_logits is not None:
+            is_word, found = (batch.tags != IGNORE).cpu().numpy(), tag_logits.argmax(-1).cpu().numpy()
+            for i, row, words in zip(batch.indices, found, is_word):
+                tags[i] = row[words]
+    return labels, tags
 
 
 def build_model(name, tokenizer, data, seed, precision="fp32"):
     """Return the pretrained encoder `name` (hub id or folder) with new heads for `data`, initialised under `seed`.
 
-    ModelError where the encoder does not fit the tokenizer or the data, or fails in `precision`.
+    UserError where the encoder does not fit the tokenizer or the data, or fails in `precision`.
     """
     torch.manual_seed(seed)
     encoder = load_encoder(name)
-    model = NLUModel(encoder, tokenizer, data.labels[: data.n_labels], data.tags[: data.n_tags], data.pairs)
+    model = NLUModel(encoder, tokenizer, data.labels, data.tags, data.pairs)
     check_model(model, data, name, precision)
     return model

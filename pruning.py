@@ -1,55 +1,22 @@
 """When to select samples, and which ones to keep."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-
-class SelectionError(ValueError):
-    """A selection that cannot be made. The message is one line."""
+from errors import expect
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Train τ epochs on everything, then select anew every T epochs; train the last F epochs on everything.
+def make_plan(epochs, full_epochs, cycle=1, full_end=0, static=False):
+    """Return what comes before each epoch, a list: "full" (take everything), "select", or "same" (change nothing).
 
-    epochs: E. full_epochs: τ. cycle: T, at least 1. full_end: F. static: select once, after τ epochs, and start again
-    from the pretrained weights for E more epochs.
+    Train τ epochs on everything, then select anew every T epochs, and train the last F epochs on everything. epochs: E.
+    full_epochs: τ. cycle: T, at least 1. full_end: F. static: select once, after τ epochs, and train E more epochs.
     """
-
-    epochs: int
-    full_epochs: int
-    cycle: int = 1
-    full_end: int = 0
-    static: bool = False
-
-    @property
-    def total(self):
-        """All epochs together: E, or τ + E if static."""
-        return self.epochs + self.full_epochs * self.static
-
-    def is_full(self, epoch):
-        """Return whether `epoch` (from 0) trains on everything."""
-        return epoch < self.full_epochs or epoch >= self.total - self.full_end
-
-    def selects_before(self, epoch):
-        """Return whether to select before `epoch`. A selection that no epoch would use is never made."""
-        since = epoch - self.full_epochs
-        return not self.is_full(epoch) and (since == 0 if self.static else since % self.cycle == 0)
-
-    def restarts_before(self, epoch):
-        """Return whether `epoch` begins with the pretrained weights again."""
-        return self.static and epoch == self.full_epochs > 0
-
-    def progress(self, epoch):
-        """Return the share of the training that is done, in [0, 1). epoch: whole epochs plus the share of this one.
-
-        A static plan is two trainings: the one before the selection, and the one after it.
-        """
-        if self.static and epoch < self.full_epochs:
-            return epoch / self.full_epochs
-        return (epoch - self.full_epochs * self.static) / self.epochs
+    plan = ["full"] * (epochs + full_epochs * static)
+    for epoch in range(full_epochs, len(plan) - full_end):
+        since = epoch - full_epochs
+        plan[epoch] = "same" if since % cycle or (static and since) else "select"
+    return plan
 
 
 def select(importance, labels, args, rng):
@@ -77,10 +44,9 @@ def kept_size(n, keep):
 
 
 def check_finite(scores):
-    """Raise SelectionError where a score is not finite."""
-    if not np.isfinite(scores).all():
-        raise SelectionError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite; start again "
-                             "with a lower --lr")
+    """Raise UserError where a score is not finite."""
+    bad = (~np.isfinite(scores)).sum()
+    expect(not bad, f"{bad} of {len(scores)} scores", "NaN or infinite; start again with a lower --lr")
 
 
 def ranking(scores, keep, offset):
@@ -90,8 +56,7 @@ def ranking(scores, keep, offset):
     """
     check_finite(scores)
     size = kept_size(len(scores), keep)
-    if size < 1:
-        raise SelectionError(f"--keep {keep:g} of {len(scores)} samples keeps none; raise --keep")
+    expect(size >= 1, f"--keep {keep:g}", f"keeps none of {len(scores)} samples; raise --keep")
     first = min(round(offset * len(scores)), len(scores) - size)  # `size` of them must remain
     return np.argsort(-scores, kind="stable")[first:], size
 
@@ -99,7 +64,7 @@ def ranking(scores, keep, offset):
 def highest(scores, keep, offset=0.0):
     """Keep the round(keep·N) highest scores, after setting the round(offset·N) very highest aside.
 
-    scores: (N,) float. Returns indices, ascending, int64. SelectionError where a score is not finite or none is kept.
+    scores: (N,) float. Returns indices, ascending, int64. UserError where a score is not finite or none is kept.
     """
     order, size = ranking(scores, keep, offset)
     return np.sort(order[:size])
@@ -111,8 +76,8 @@ def gumbel_log_scores(scores, rng):
     Its k highest are a sample of k without replacement, with chances in proportion to the scores (Efraimidis and
     Spirakis 2006, in logarithms). scores: (N,) float, at least 0. Scores of 0 come last, in no order.
     """
-    if (scores < 0).any():
-        raise SelectionError(f"{(scores < 0).sum()} of {len(scores)} scores are negative; leave --sample out")
+    negative = (scores < 0).sum()
+    expect(not negative, "--sample", f"{negative} of {len(scores)} scores are negative; leave --sample out")
     return np.log(np.maximum(scores, 1e-30), dtype=float) + rng.gumbel(size=len(scores))
 
 
@@ -144,9 +109,8 @@ def with_class_floor(kept, scores, labels, floor):
     starts = np.r_[0, np.bincount(labels).cumsum()]
     place = np.arange(len(scores)) - starts[labels[by_class]]  # from 0 within its class
     safe = by_class[place < floor]
-    if len(safe) > len(kept):
-        raise SelectionError(f"--class-floor {floor} needs {len(safe)} samples, but --keep allows {len(kept)}; lower "
-                             "--class-floor or raise --keep")
+    expect(len(safe) <= len(kept), f"--class-floor {floor}", f"needs {len(safe)} samples, but --keep allows "
+           f"{len(kept)}; lower --class-floor or raise --keep")
     return np.sort(np.r_[safe, order[~np.isin(order, safe)]][: len(kept)])
 
 
@@ -170,30 +134,20 @@ class Smoother:
 
     def __init__(self, alpha, c):
         self.alpha, self.c = alpha, c
-        self.mean = self.variance = None
-        self.squared_weights = 1.0  # Σ w_i² of the weights so far, for the bias correction 1 / (1 − Σ w_i²)
+        self.state = {}  # all that the next call depends on
 
     def __call__(self, scores):
         """Take the newest scores, (N,) float32, and return the smoothed ones, (N,) float32."""
-        if self.mean is None or self.alpha == 1:
-            self.mean, self.variance = scores, np.zeros_like(scores)
+        new, a = torch.from_numpy(scores), self.alpha
+        if a == 1:
             return scores
-        a = self.alpha
-        delta = scores - self.mean
-        self.mean = self.mean + a * delta
-        self.variance = (1 - a) * (self.variance + a * delta**2)
-        self.squared_weights = a**2 + (1 - a) ** 2 * self.squared_weights
-        return self.mean + self.c * np.sqrt(self.variance / (1 - self.squared_weights))
-
-    def state_dict(self):
-        """Return everything that the next selection depends on."""
-        if self.mean is None or self.alpha == 1:
-            return {}
-        return {"mean": torch.from_numpy(self.mean), "variance": torch.from_numpy(self.variance),
-                "squared_weights": self.squared_weights}  # fmt: skip
-
-    def load_state_dict(self, state):
-        """Go on from what `state_dict` returned."""
-        if state:
-            self.mean, self.variance = state["mean"].numpy(), state["variance"].numpy()
-            self.squared_weights = state["squared_weights"]
+        if not self.state:
+            self.state = {"mean": new, "variance": torch.zeros_like(new), "squared_weights": 1.0}
+            return scores
+        mean, variance, squared_weights = self.state.values()
+        delta = new - mean
+        mean = mean + a * delta
+        variance = (1 - a) * (variance + a * delta**2)
+        squared_weights = a**2 + (1 - a) ** 2 * squared_weights  # Σ w_i², for the bias correction 1 / (1 − Σ w_i²)
+        self.state = {"mean": mean, "variance": variance, "squared_weights": squared_weights}
+        return (mean + self.c * (variance / (1 - squared_weights)).sqrt()).numpy()

@@ -18,19 +18,18 @@ import numpy as np
 
 import figures
 from compare import best_on_dev, clean, deviation, half_width, read_rows, tasks
+from errors import UserError, expect
 
 READING = """\
-A line is one method with one setting, and n counts its seeds. The metric is its mean ± standard deviation over seeds.
-A run counts time in its own full epochs. "To full data" is the difference to full data for the most epochs. "To equal
-time" is the difference to full data for fewer epochs at the same cost. Both are in points, paired by seed, with 95 %
-intervals. For each number of epochs, full data has the learning rate that is best on dev. The equal-time curve is the
-upper concave envelope of these runs, and it never falls. Letters name machines; seconds compare only within one."""
+A line is one method with one setting, and n counts its seeds. The metric and the time are means ± standard deviations
+over seeds. A run counts time in its own full epochs. "To full data" is the difference to full data for the most epochs.
+"To equal time" is the difference to full data for fewer epochs at the same cost. Both are in points and paired by seed.
+From 3 seeds on, they have 95 % intervals. For each number of epochs, full data has the learning rate that is best on
+dev, of the rates that were run. The equal-time curve is the upper concave envelope of these runs, and it never falls.
+Letters name machines; seconds compare only within one."""
 LEGEND = """\
-Time is in percent of full data. Highest EL2N is the paper's method, sampled EL2N is `--sample`, and n counts seeds."""
-
-
-class ReportError(ValueError):
-    """A reason for no report. The message is one line."""
+Time is in percent of full data. Highest EL2N is the paper's method, sampled EL2N is `--sample`, and n counts seeds. Of
+several settings of a method, the table has the one that is best on dev."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
@@ -71,11 +70,11 @@ def plus_minus(values, digits=2):
 
 
 def gain(values, n):
-    """Return a mean difference with its 95 % interval as text. n: how many values there should be."""
+    """Return a mean difference as text, with its 95 % interval from 3 values on. n: how many there should be."""
     if not values:
         return "–"
     text = f"{mean(values):+.2f}"
-    if len(values) > 1:
+    if len(values) > 2:  # the interval of 2 says next to nothing
         half = half_width(values)
         text += f" [{mean(values) - half:+.2f}, {mean(values) + half:+.2f}]"
     return text if len(values) == n else f"{text} (n {len(values)})"
@@ -86,9 +85,9 @@ def headline_arms(found):
     candidates = {}
     for task in found:
         for arm in task.arms:
-            shorter = arm.full and arm.epochs < task.full.epochs
-            name = f"{arm.name}, {arm.epochs:g} epochs" if shorter else arm.name
-            key = (*arm.order[:5], -arm.epochs if shorter else -np.inf), arm.keep, name
+            other = task.full and arm.epochs != task.full.epochs
+            name = f"{arm.name}, {arm.epochs:g} epochs" if other else arm.name
+            key = (*arm.order[:5], -arm.epochs if other else -np.inf), arm.keep, name
             candidates.setdefault(key, {}).setdefault(task, []).append(arm)
     return {key[1:]: {task: best_on_dev(arms) for task, arms in candidates[key].items()}
             for key in sorted(candidates) if 3 * len(candidates[key]) >= len(found)}  # fmt: skip
@@ -133,13 +132,13 @@ def full_table(task, letters, wide):
     head = ["keep", "method", "epochs", "lr", "n", task.measure, "time", "to full data", "to equal time", "seconds"]
     table = [head + ["other metrics"] * wide]
     for arm in task.arms:
-        rows, time = list(arm.rows.values()), task.time(arm)
+        rows, times = list(arm.rows.values()), [100 * cost / task.full.cost for cost in arm.costs if task.full]
         where = sorted({letters[row["machine"]] for row in rows})
         seconds = plus_minus([row["seconds"]["total"] for row in rows], 0) if len(where) == 1 else ""
         others = [f"{name} {mean(row['metrics'][name] for row in rows):.2f}" for name in rows[0]["metrics"]
                   if name != task.metric and all(name in row["metrics"] for row in rows)]  # fmt: skip
         line = [arm.keep, arm.name + task.extras(arm), f"{arm.epochs}", f"{arm.args['lr']:g}", f"{len(rows)}",
-                plus_minus(arm.accuracy.values()), f"{time:.1f} %" if time else "–",
+                plus_minus(arm.accuracy.values()), f"{plus_minus(times, 1)} %" if times else "–",
                 gain(task.to_full(arm), len(rows)), gain(task.to_equal_time(arm), len(rows)),
                 f"{seconds} {', '.join(where)}"]  # fmt: skip
         table.append(line + [", ".join(others)] * wide)
@@ -173,8 +172,7 @@ def likely_errors(folder, count):
     import data  # here, because it takes seconds
 
     path = max((folder / "rounds").glob("epoch-*.npz"), default=None)
-    if path is None:
-        raise ReportError(f"{folder}: no selection in rounds/; take the folder of a run that prunes")
+    expect(path, folder, "no selection in rounds/; take the folder of a run that prunes")
     try:
         with np.load(path) as arrays:
             scores = arrays["scores"].astype(float)
@@ -182,23 +180,22 @@ def likely_errors(folder, count):
         args, digest = facts["args"], facts["data"]
         dataset, method = args["dataset"], args["method"]
         splits = data.read(dataset, args["data_dir"], args["max_train"], args.get("tune"))
-    except data.DataError as error:
-        raise ReportError(error) from None
+    except UserError:
+        raise
     except Exception as error:  # whatever a damaged file makes NumPy or json raise
-        raise ReportError(f"{folder}: damaged ({clean(error)}); take the folder of another run") from None
+        raise UserError(f"{folder}: damaged ({clean(error)}); take the folder of another run") from None
     samples = splits["train"]
-    if method == "random":
-        raise ReportError(f"{folder}: random scores say nothing about labels; take a run of another method")
-    if data.digest(splits) != digest or scores.shape != (len(samples),):
-        raise ReportError(f"{folder}: the samples of {dataset} have changed since; make the run again")
+    expect(method != "random", folder, "random scores say nothing about labels; take a run of another method")
+    same = data.digest(splits) == digest and scores.shape == (len(samples),)
+    expect(same, folder, f"the samples of {dataset} have changed since; make the run again")
     table = [["row", "score", "label", "text, with its slots"]]
     for i in np.argsort(-scores, kind="stable")[: max(count, 0)]:
-        text = samples.texts[i]
-        if samples.tags:
-            text = " ".join(word if tag == "O" else f"[{word}: {tag}]" for word, tag in zip(text, samples.tags[i]))
+        text, label, tags, row = samples[i]
+        if tags:
+            text = " ".join(word if tag == "O" else f"[{word}: {tag}]" for word, tag in zip(text, tags))
         elif isinstance(text, tuple):
             text = " / ".join(text)
-        table.append([f"{samples.rows[i]}", f"{scores[i]:.2f}", samples.labels[i], text])
+        table.append([f"{row}", f"{scores[i]:.2f}", label, text])
     text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} in {path.name}."
     text += " The labels may be wrong. Rows of train count from 0, without a header."
     return ["# Likely label errors", text, table]
@@ -219,8 +216,7 @@ def draw(found, arms, path):
 def report_runs(paths, to):
     """Compare many runs. Returns the blocks for the terminal, and {file name: blocks} if there is a folder `to`."""
     rows = read_rows(paths)
-    if not rows:
-        raise ReportError(f"{' '.join(paths)}: no finished run here; train.py writes result.json when a run ends")
+    expect(rows, " ".join(paths), "no finished run here; train.py writes result.json when a run ends")
     found = tasks(rows)
     arms = headline_arms(found)
     pages = {}
@@ -240,8 +236,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     single = [path for path in args.paths if Path(path, "config.json").is_file()]
     try:
-        if single and len(args.paths) > 1:
-            raise ReportError(f"{single[0]}: is the folder of one run; name it alone, or name the folder above it")
+        alone = not single or len(args.paths) == 1
+        expect(alone, " ".join(single), "the folder of one run; name it alone, or name the folder above it")
         if args.to:
             args.to.mkdir(parents=True, exist_ok=True)
         if single:
@@ -251,7 +247,7 @@ def main(argv=None):
             blocks, pages = report_runs(args.paths, args.to)
         for name, page in pages.items() if args.to else ():
             (args.to / name).write_text(as_markdown(page), encoding="utf-8")
-    except (OSError, ReportError) as error:
+    except (OSError, UserError) as error:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"report.py: error: {clean(message)}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,19 +25,16 @@ from tqdm import tqdm
 
 from data import demo
 from distributed import all_reduce_sum, broadcast, rank
+from errors import UserError, expect
 
 NOT_SETTINGS = {"seed", "out", "data_dir", "no_model", "save_every", "resume"}  # not in a folder's hash
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on. The message is one line."""
 
 
 class Clock:
     """Seconds by phase: `with clock("train"): …`. It waits for the device, so work counts in its own phase."""
 
     def __init__(self, device):
-        self.device, self.seconds = torch.device(device), {}
+        self.device, self.seconds = torch.device(device), Counter()
 
     def now(self):
         """Return the time in seconds, once the device has done its work."""
@@ -52,11 +50,11 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+            self.seconds[phase] += self.now() - start
 
 
 class Run:
-    """One run in its folder, which stays locked. RunError where the folder has a run already, without `--resume`.
+    """One run in its folder, which stays locked. UserError where the folder has a run already, without `--resume`.
 
     log: a dict for each epoch that has ended. steps: training steps so far. finished: whether nothing is left to do.
     """
@@ -74,20 +72,21 @@ class Run:
             self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
             self.lock.acquire()
         except filelock.Timeout:
-            raise RunError(f"{self.folder}: another process works on this run; wait for its end") from None
+            raise UserError(f"{self.folder}: another process works on this run; wait for its end") from None
         except OSError as error:
-            raise RunError(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
+            raise UserError(f"--out {args.out}: {error.strerror}; name a folder that can be written") from None
         self.finished = broadcast(self.result.exists())
-        if self.finished and not (args.no_model or (self.folder / "model").exists()):
-            raise RunError(f"{self.folder}: finished without saving its model; remove this folder to train again")
-        if not args.resume and (self.finished or self.checkpoint.exists()):
-            state = "a finished run" if self.finished else "an unfinished run (--resume goes on with it)"
-            raise RunError(f"{self.folder}: holds {state} of this command; remove the folder to start again")
+        has_model = args.no_model or (self.folder / "model").exists()
+        expect(has_model or not self.finished, self.folder, "finished without saving its model; remove this folder to "
+               "train again")
+        state = "a finished run" if self.finished else "an unfinished run (--resume goes on with it)"
+        expect(args.resume or not (self.finished or self.checkpoint.exists()), self.folder, f"holds {state} of this "
+               "command; remove the folder to start again")
         if self.finished:
             self.checkpoint.unlink(missing_ok=True)  # the run was killed just before it would have done so
 
     def begin(self, data, weights, epochs):
-        """Write config.json and return the state that a checkpoint holds, or None. RunError for a wrong checkpoint.
+        """Write config.json and return the state that a checkpoint holds, or None. UserError for a wrong checkpoint.
 
         weights: before training, (W,) fp32. epochs: the total number.
         """
@@ -96,12 +95,11 @@ class Run:
         self.digest = hashlib.sha256(data.digest.encode() + weights.cpu().numpy().tobytes()).hexdigest()
         state = broadcast(self.load_checkpoint() if self.checkpoint.exists() else None)
         sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
-        print(f"{self.args.dataset}: {sizes} samples, {data.n_labels} labels, {data.n_tags} tags; "
+        print(f"{self.args.dataset}: {sizes} samples, {len(data.labels)} labels, {len(data.tags)} tags; "
               f"{self.args.precision} on {self.args.device}; writes to {self.folder}/", flush=True)
         if state:
             self.log, self.steps = state["log"], state["steps"]
-            for phase, seconds in state["seconds"].items():
-                self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds
+            self.clock.seconds.update(state["seconds"])  # a Counter adds
             print(f"resumes after epoch {len(self.log)} of {epochs}", flush=True)
             if changed := [name for name in here if here[name] != state["environment"].get(name)]:
                 print(f"warning: the environment has changed ({', '.join(changed)}); the result may differ from an "
@@ -111,11 +109,11 @@ class Run:
         with written(self.folder / "config.json") as part:
             facts = {"args": vars(self.args), "environment": here, "data": data.digest}
             part.write_text(json.dumps(facts, indent=1))
-        self.environment, self.before = here, dict(self.clock.seconds)
+        self.environment, self.before = here, self.clock.seconds.copy()
         return state
 
     def load_checkpoint(self):
-        """Return the state that `end_epoch` saved. RunError where the file is damaged or belongs to other data."""
+        """Return the state that `end_epoch` saved. UserError where the file is damaged or belongs to other data."""
         try:
             with zipfile.ZipFile(self.checkpoint) as archive:  # torch.save writes a zip, but torch.load checks no sums
                 damaged = archive.testzip()
@@ -123,8 +121,7 @@ class Run:
             same = state["digest"] == self.digest and not damaged
         except Exception:  # whatever foreign bytes raise
             same = False
-        if not same:
-            raise RunError(f"{self.checkpoint}: damaged, or made with other data or model; remove it to start again")
+        expect(same, self.checkpoint, "damaged, or made with other data or model; remove it to start again")
         return state
 
     def progress(self, batch_list, kept):
@@ -140,10 +137,10 @@ class Run:
                     self.check_finite(self.loss)
 
     def check_finite(self, value):
-        """Raise RunError where a number, (), is not finite."""
-        if not value.isfinite():
-            raise RunError(f"the loss is {value.item()} by step {self.steps} (epoch {len(self.log) + 1}); start again "
-                           "with a lower --lr, or with --precision fp32")
+        """Raise UserError where a number, (), is not finite."""
+        if not value.isfinite():  # asked first, as a message with its value would wait for a GPU
+            raise UserError(f"the loss is {value.item()} by step {self.steps} (epoch {len(self.log) + 1}); start again "
+                            "with a lower --lr, or with --precision fp32")
 
     def save_selection(self, scores, importance, kept):
         """Write rounds/epoch-<e>.npz before epoch e (from 1): `scores`, `importance` (the smoothed scores) and the mask
@@ -159,19 +156,18 @@ class Run:
         kept: indices trained on; dev: metrics; state: what the next epoch depends on, as nested dicts of tensors.
         """
         self.check_finite(all_reduce_sum(self.loss) + 0 * state["optimizer"]["master"].sum())
-        seconds = {phase: round(s - self.before.get(phase, 0.0), 4) for phase, s in self.clock.seconds.items()
-                   if phase != "load"}  # fmt: skip
+        seconds = {phase: round(s, 4) for phase, s in (self.clock.seconds - self.before).items() if phase != "load"}
         line = {"epoch": len(self.log) + 1, "kept": len(kept), "tokens": int(self.data.train.lengths[kept].sum()),
                 "loss": self.loss.item() / len(kept), "dev": dev,
-                "seconds": {phase: s for phase, s in seconds.items() if s > 0}}  # fmt: skip
-        self.log, self.before = [*self.log, line], dict(self.clock.seconds)
+                "seconds": seconds}  # fmt: skip
+        self.log, self.before = [*self.log, line], self.clock.seconds.copy()
         with written(self.folder / "epochs.jsonl") as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in self.log))
         phases = "  ".join(f"{phase} {s:.1f} s" for phase, s in line["seconds"].items())
         print(f"epoch {line['epoch']:>2}/{self.epochs}  kept {len(kept)}/{len(self.data.train)}  "
               f"loss {line['loss']:.4f}  dev {metrics_line(dev)}  |  {phases}", flush=True)
         if rank() == 0 and (line["epoch"] % self.args.save_every == 0 or line["epoch"] == self.epochs):
-            own = {"log": self.log, "steps": self.steps, "seconds": self.before, "digest": self.digest,
+            own = {"log": self.log, "steps": self.steps, "seconds": dict(self.before), "digest": self.digest,
                    "environment": self.environment}  # fmt: skip
             with self.clock("save"), written(self.checkpoint) as part:
                 torch.save({**state, **own}, part)
@@ -197,12 +193,12 @@ class Run:
         log, n, seconds = self.log, len(self.data.train), self.clock.seconds
         flags = {name: value for name, value in vars(self.args).items()
                  if name not in NOT_SETTINGS - {"seed"} and value is not None}  # fmt: skip
-        if os.path.isdir(self.args.model):  # rows carry no paths
+        if os.path.isabs(self.args.model):  # a folder of the user's; rows carry no paths
             flags["model"] = Path(self.args.model).name
-        if os.path.isdir(self.args.dataset):
+        if os.path.isabs(self.args.dataset):
             flags["dataset"] = f"{Path(self.args.dataset).name}-{self.data.digest[:6]}"
         full = [line["seconds"]["train"] for line in log if line["kept"] == n]
-        total = sum(seconds.get(phase, 0.0) for phase in ("train", "score", "select"))
+        total = sum(seconds[phase] for phase in ("train", "score", "select"))
         return {
             "run": self.folder.name, "args": flags, "environment": self.environment,
             "samples": {name: len(split) for name, split in self.data.splits.items()}, "steps": self.steps,
@@ -235,19 +231,16 @@ def written(path):
 def environment(device):
     """Return what a reader needs to judge a timing: code version, package versions and machine, as plain values."""
 
-    def git(*command):
-        try:
-            result = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-        except OSError:
-            return None  # there is no git on this machine
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        git = None  # there is no git on this machine
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "git": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
-        "python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__,
-        "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else torch.device(device).type,
+        "git": git or None, "python": platform.python_version(), "torch": str(torch.__version__),
+        "transformers": transformers.__version__, "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else torch.device(device).type,
         "cpu": processor(), "threads": torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }  # fmt: skip
 

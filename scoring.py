@@ -9,7 +9,6 @@ import torch
 
 from data import IGNORE, sorted_batches
 from distributed import all_reduce_sum, shard
-from engine import UsedEmbedding
 from models import infer, losses
 
 UNSEEN = 2.0**16  # the score of a sample that has none yet: above all others, so that it is kept
@@ -57,16 +56,12 @@ def gradient_norm(model, batch):
     """
     losses(model(batch), batch).sum().backward()
     squared = 0.0
-    for module in model.modules():
-        if isinstance(module, UsedEmbedding) and module.looked_up:  # sum the gradients of equal tokens first
-            (rows, vectors), = module.looked_up
-            _, row = rows.unique(return_inverse=True)
-            gradient = vectors.grad.flatten(0, 1).float()
-            squared = squared + torch.zeros_like(gradient).index_add_(0, row, gradient).square().sum()
-            module.looked_up.clear()
     for weight in model.parameters():
         if weight.grad is not None:
-            squared = squared + weight.grad.float().square().sum()
+            gradient = weight.grad.float()
+            if gradient.is_sparse:
+                gradient = gradient.coalesce().values()  # the gradients of equal tokens are summed first
+            squared = squared + gradient.square().sum()
             weight.grad = None
     return squared.sqrt()
 
@@ -76,7 +71,7 @@ METHODS = ("full", "random", *SCORES, "forgetting", "infobatch", "grand")
 
 
 def score(model, split, method, tokens=None):
-    """Score every sample of `split` with the current model, dropout off. Returns (N,) fp32 on the split's device.
+    """Score every sample of `split` with dropout off, which stays off. Returns (N,) fp32 on the split's device.
 
     method: a key of SCORES, or "grand", which takes one backward pass for each sample. tokens: the most tokens in a
     batch, as in sorted_batches. Several processes share the work, and each returns all scores.
@@ -84,11 +79,9 @@ def score(model, split, method, tokens=None):
     scores = torch.zeros(len(split), device=split.tokens.device)
     batch_list = shard(sorted_batches(split, tokens=tokens))
     if method == "grand":
-        training = model.training
         model.eval()
         for i in np.concatenate([*batch_list, np.empty(0, int)]):
             scores[i] = gradient_norm(model, split.batch(np.array([i])))
-        model.train(training)
     else:
         for batch, outputs in infer(model, split, batch_list):
             scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)

@@ -20,33 +20,35 @@ import numpy as np
 import torch
 
 import flags
-from data import DataError, ModelError, batches, load, load_tokenizer, one_line
-from distributed import ProcessError, lost_process, process_group, rank, shard, world_size
+from data import batches, load, load_tokenizer
+from distributed import lost_process, process_group, rank, shard, world_size
 from engine import FlatAdamW, limit_vocabulary, set_matmul_backend
+from errors import UserError, expect, one_line
 from metrics import evaluate
 from models import build_model, losses, predictions
-from pruning import Plan, SelectionError, Smoother, kept_size, select, with_class_floor
-from runs import Clock, Run, RunError, summary
+from pruning import Smoother, kept_size, make_plan, select, with_class_floor
+from runs import Clock, Run, summary
 from scoring import Scorer
 
 
 def train(model, optimizer, data, plan, args, run, state=None):
-    """Fine-tune `model` in place. state: a checkpoint's, to go on from, or None."""
+    """Fine-tune `model` in place. plan: of `make_plan`. state: a checkpoint's, to go on from, or None."""
     clock, n, lengths = run.clock, len(data.train), data.train.lengths
     labels, everything, ones = data.train.labels.cpu().numpy(), np.arange(n), torch.ones(n, device=args.device)
     scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema or 1, args.std_weight or 0)
-    pretrained = {"master": optimizer.master.clone()} if plan.static else None  # the weights, without Adam's averages
+    static = args.selection == "static"
+    pretrained = {"master": optimizer.master.clone()} if static else None  # the weights, without Adam's averages
     kept, weights = everything, ones
     if state:
         kept, weights = state["kept"].numpy(), state["weights"].to(args.device)
         optimizer.load_state_dict(state["optimizer"])
         scorer.load_state_dict(state["scorer"])
-        smooth.load_state_dict(state["smoother"])
+        smooth.state = state["smoother"]
 
-    for epoch in range(len(run.log), plan.total):
+    for epoch in range(len(run.log), len(plan)):
         rng = seed_epoch(args.seed, epoch)
 
-        if plan.selects_before(epoch):
+        if plan[epoch] == "select":
             with clock("score"):
                 scores = scorer(model, rng)
             with clock("select"):
@@ -54,9 +56,9 @@ def train(model, optimizer, data, plan, args, run, state=None):
                 kept, weights = select(importance, labels, args, rng)
                 weights = torch.as_tensor(weights, device=args.device)
                 run.save_selection(scores, importance, kept)
-                if plan.restarts_before(epoch):
+                if static:
                     optimizer.load_state_dict(pretrained)
-        elif plan.is_full(epoch):
+        elif plan[epoch] == "full":
             kept, weights = everything, ones
 
         with clock("train"):
@@ -68,14 +70,14 @@ def train(model, optimizer, data, plan, args, run, state=None):
                 loss = losses(outputs, batch)
                 (loss @ weights[batch.indices] / len(indices)).backward()
                 scorer.record(outputs, batch)
-                optimizer.step(learning_rate(args, plan.progress(epoch + i / len(batch_list))))
+                optimizer.step(learning_rate(args, epoch + i / len(batch_list)))
                 run.loss += loss.detach().sum()
             scorer.sync()
 
         with clock("evaluate"):
-            dev = evaluate(data, data.evaluation["dev"], *predictions(model, data.evaluation["dev"]))
+            dev = evaluate(data, "dev", *predictions(model, data.evaluation["dev"]))
         run.end_epoch(kept, dev, {"kept": torch.from_numpy(kept), "weights": weights, "scorer": scorer.state_dict(),
-                                  "smoother": smooth.state_dict(), "optimizer": optimizer.state_dict()})  # fmt: skip
+                                  "smoother": smooth.state, "optimizer": optimizer.state_dict()})  # fmt: skip
     optimizer.release()
 
 
@@ -86,8 +88,13 @@ def seed_epoch(seed, epoch):
     return rng
 
 
-def learning_rate(args, progress):
-    """Return the learning rate at a progress in [0, 1): falling linearly to 0, or constant."""
+def learning_rate(args, epoch):
+    """Return the learning rate: falling linearly to 0, or constant. epoch: whole epochs plus the share of this one.
+
+    A static run is two trainings: the one before the selection, and the one after it.
+    """
+    first = args.full_epochs if args.selection == "static" else 0
+    progress = epoch / first if epoch < first else (epoch - first) / args.epochs
     return args.lr * (1 - progress) if args.schedule == "linear" else args.lr
 
 
@@ -102,7 +109,7 @@ def main(argv=None, start=None):
         with process_group(args):
             fine_tune(args, Clock(args.device), start)
         return 0
-    except (DataError, ModelError, ProcessError, RunError, SelectionError) as error:
+    except UserError as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, for example
         message, hint = f"error: {error}", HINT
@@ -142,27 +149,26 @@ def fine_tune(args, clock, start):
         model.to(args.device)
         data.to(args.device)
         optimizer = FlatAdamW(model, args.precision, args.clip)
-        plan = Plan(args.epochs, args.full_epochs, args.cycle, args.full_end, args.selection == "static")
-        state = run.begin(data, optimizer.master, plan.total)
+        plan = make_plan(args.epochs, args.full_epochs, args.cycle, args.full_end, args.selection == "static")
+        state = run.begin(data, optimizer.master, len(plan))
 
     train(model, optimizer, data, plan, args, run, state)
     with clock("evaluate"):
-        metrics = {name: evaluate(data, split, *predictions(model, split)) for name, split in data.evaluation.items()}
+        metrics = {name: evaluate(data, name, *predictions(model, split)) for name, split in data.evaluation.items()}
     row = run.finish(metrics, model)
     if rank() == 0:  # other processes have no folder to summarise
         print("\n" + summary(row, run))
 
 
 def check_sizes(args, labels):
-    """Raise RunError or SelectionError where a selection would be too small. labels: (N,) int, of the train samples."""
-    size = kept_size(len(labels), args.keep or 1)
-    if args.batch_size < 2 * world_size() > 2:
-        raise RunError(f"--batch-size {args.batch_size}: {world_size()} processes need at least {2 * world_size()}")
-    if size < args.batch_size and args.method not in ("full", "infobatch"):
-        raise RunError(f"--keep {args.keep:g} of {len(labels)} train samples is {size}, less than one batch of "
-                       f"{args.batch_size}; raise --keep or lower --batch-size")
+    """Raise UserError where a batch or a selection would be too small. labels: (N,) int, of the train samples."""
+    size, least = kept_size(len(labels), args.keep or 1), 2 * world_size()
+    expect(least == 2 or args.batch_size >= least, f"--batch-size {args.batch_size}",
+           f"{world_size()} processes need at least {least}")  # fmt: skip
+    expect(size >= args.batch_size or args.method in ("full", "infobatch"), f"--keep {args.keep}", f"keeps {size} of "
+           f"{len(labels)} samples, less than one batch of {args.batch_size}; raise --keep or lower --batch-size")
     if args.class_floor:
-        with_class_floor(np.arange(size), labels, labels, args.class_floor)  # SelectionError if it needs more
+        with_class_floor(np.arange(size), labels, labels, args.class_floor)  # UserError if it needs more
 
 
 def terminated(number, _):

@@ -5,32 +5,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from distributed import rank
+from errors import expect
 
-from . import demo, download, own, readers
-
-from .encoding import (  # isort: skip
-    DEFAULT_MODEL, IGNORE, LOST, Batch, ModelError, Split, batches, encode, load_tokenizer, number_names, one_line,
-    pretrained, sorted_batches,
-)  # fmt: skip
-from .samples import DataError, Samples, digest, expect, hold_out, subset
-
-__all__ = [
-    "DATASETS", "DEFAULT_MODEL", "IGNORE", "LOST", "Batch", "DataError", "Dataset", "ModelError", "Samples", "Split",
-    "batches", "default_folder", "demo", "digest", "encode", "find", "load", "load_tokenizer", "one_line", "pretrained",
-    "read", "sorted_batches",
-]  # fmt: skip
+from . import demo, download, readers
+from .encoding import DEFAULT_MODEL, IGNORE, Batch, Split, batches, encode, load_tokenizer, pretrained, sorted_batches
+from .samples import Sample, digest, hold_out, subset
 
 
 class Source(NamedTuple):
     """A dataset: how to read it, and what it officially holds."""
 
-    reader: Callable  # folder -> {"train": Samples, "dev": …, "test": …}; dev or test may be absent
-    folder: str | None  # below --data-dir; None: generated, so the reader takes no folder
+    reader: Callable  # folder -> {"train": samples, "dev": …, "test": …}; dev or test may be absent
+    folder: str | None  # below --data-dir; None: generated
     rows: tuple[int, ...]  # of each split, in the reader's order, as published
     licence: str
     metrics: tuple[str, ...] = ()  # of metrics.CLASSIFICATION, the main one first; none for intent and slots
@@ -51,8 +41,8 @@ def glue(task, rows, texts, known=("0", "1"), metrics=("accuracy",), **options):
 TWO = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
 DATASETS = {
-    "demo": Source(demo.generate, None, (4000, 500, 500), "MIT, as this program"),
-    "snips": Source(own.read_own, "snips", (13084, 700, 700), "CC0"),
+    "demo": Source(demo.generate, None, (1000, 250, 250), "MIT, as this program"),
+    "snips": Source(readers.read_own, "snips", (13084, 700, 700), "CC0"),
     "atis": Source(readers.read_atis, "atis", (4978, 893), "not stated"),
     "mtop": Source(readers.read_mtop, "mtop", (15667, 2235, 4386), "CC BY-SA 4.0"),
     "slurp": Source(readers.read_massive, "slurp", (11514, 2033, 2974), "CC BY 4.0"),
@@ -71,15 +61,14 @@ FILES = download.read_sources()
 
 @dataclass
 class Dataset:
-    """Encoded splits and the names behind their ids. Heads have n_labels and n_tags outputs."""
+    """Encoded splits, and the names behind the ids of labels and tags. All names are of train."""
 
     name: str
     train: Split
     evaluation: dict[str, Split]  # "dev" and, where there are any, "test" and "dev_mismatched"
-    labels: list[str]  # intents or classes; those of train come first
-    n_labels: int  # how many labels train has
-    tags: list[str]  # slot tags, likewise; empty for classification
-    n_tags: int
+    gold: dict[str, list[Sample]]  # the samples of `evaluation`
+    labels: list[str]  # intents or classes
+    tags: list[str]  # slot tags; empty for classification
     pairs: bool = False  # whether texts are pairs of strings
     metrics: tuple[str, ...] = ("accuracy",)  # of classification
     digest: str = ""  # of all samples as text
@@ -101,7 +90,7 @@ def default_folder():
 
 
 def find(name, folder=None):
-    """Return (Source, folder of its files) of a dataset, by its name or by a folder of the user's. Raises DataError.
+    """Return (Source, folder of its files) of a dataset, by its name or by a folder of the user's. Raises UserError.
 
     folder: --data-dir, which has the folders of all datasets.
     """
@@ -110,23 +99,17 @@ def find(name, folder=None):
         return source, source.folder and Path(folder or default_folder()) / source.folder
     right = f"choose from {', '.join(DATASETS)}, or name your own folder"
     expect(os.path.isdir(name), f"unknown dataset {name!r}", right)
-    return Source(own.read_own, name, (), "the user's", () if own.has_tags(name) else ("accuracy",)), Path(name)
+    return Source(readers.read_own, name, (), "the user's", () if readers.has_tags(name) else ("accuracy",)), Path(name)
 
 
 def fetch(name, folder=None):
-    """Download the files of a dataset that are not on disk. Raises DataError."""
-    source, path = find(name, folder)
-
-    def check(downloaded):
-        rows = tuple(map(len, source.reader(downloaded).values()))
-        expect(rows == source.rows, "the download", f"{rows} rows, officially {source.rows}")
-
+    """Download the files of a dataset that are not on disk. Raises UserError."""
     if name in FILES:
-        download.fetch(name, path, FILES[name], check, source.licence)
+        download.fetch(name, *find(name, folder), FILES[name])
 
 
 def read(name, folder=None, max_train=None, tune=False):
-    """Return {"train": Samples, "dev": …}, and "test" where there is one. Raises DataError.
+    """Return {"train": samples, "dev": …}, and "test" where there is one. Raises UserError.
 
     Absent files are downloaded. A split is left out if train has none of its labels. A fixed tenth of train is held out
     where there is no dev split. max_train: keep that many train samples, drawn at random, the same for every seed.
@@ -134,14 +117,15 @@ def read(name, folder=None, max_train=None, tune=False):
     """
     source, path = find(name, folder)
     fetch(name, folder)
-    splits = source.reader(path) if path else source.reader()
+    splits = source.reader(path)
     rows = tuple(map(len, splits.values()))
     if name in FILES and rows != source.rows and rank() == 0:
         print(f"warning: {path}: {rows} rows, officially {source.rows}; results will not compare", file=sys.stderr)
     expect(all(rows), path, f"{', '.join(splits)} have {rows} samples; one or more was expected")
     if tune:
         splits = {"train": splits["train"]}
-    for split in [s for s in splits if set(splits["train"].labels).isdisjoint(splits[s].labels)]:
+    labels = {split: {sample.label for sample in samples} for split, samples in splits.items()}
+    for split in [s for s in splits if labels[s].isdisjoint(labels["train"])]:
         print(f"{name}: {split} is left out, because train has none of its labels")
         del splits[split]
     if "dev" not in splits:
@@ -155,27 +139,20 @@ def read(name, folder=None, max_train=None, tune=False):
 
 
 def load(name, tokenizer, folder=None, max_length=256, max_train=None, tune=False):
-    """Read a dataset, number its labels and tags, and encode it. Returns a Dataset. Raises DataError and ModelError.
+    """Read a dataset, number the labels and tags of train, and encode it. Returns a Dataset. Raises UserError.
 
     name: of DATASETS, or a folder of the user's. tokenizer: a fast Hugging Face tokenizer. max_length: tokens a sample,
     special ones included. max_train, tune: as for `read`.
     """
-    splits = read(name, folder, max_train, tune)
-    content = digest(splits)
-    train = splits.pop("train")
-    label_ids, n_labels = number_names(train.labels, chain.from_iterable(e.labels for e in splits.values()))
-    tag_ids, n_tags = {}, 0
-    if train.tags is not None:
-        others = chain.from_iterable(samples.tags for samples in splits.values())
-        tag_ids, n_tags = number_names(chain.from_iterable(train.tags), chain.from_iterable(others))
-        expect(len(tag_ids) < 2**15, name, f"{len(tag_ids)} slot tags; fewer than {2**15} were expected")
-
-    def encoded(samples, words=True):
-        return encode(samples, tokenizer, max_length, label_ids, tag_ids, words)
-
-    data = Dataset(name, encoded(train, words=False), {split: encoded(samples) for split, samples in splits.items()},
-                   list(label_ids), n_labels, list(tag_ids), n_tags, train.pairs, find(name, folder)[0].metrics,
-                   content)
+    samples = read(name, folder, max_train, tune)
+    train = samples["train"]
+    labels = sorted({sample.label for sample in train})
+    tags = sorted({tag for sample in train for tag in sample.tags or ()})
+    label_ids, tag_ids = ({name: i for i, name in enumerate(names)} for names in (labels, tags))
+    splits = {split: encode(own, tokenizer, max_length, label_ids, tag_ids) for split, own in samples.items()}
+    gold = {split: own for split, own in samples.items() if split != "train"}
+    data = Dataset(name, splits.pop("train"), splits, gold, labels, tags, isinstance(train[0].text, tuple),
+                   find(name, folder)[0].metrics, digest(samples))  # fmt: skip
     for warning in data_warnings(data, max_length):
         print(f"{name}: {warning}", flush=True)
     return data
@@ -183,13 +160,13 @@ def load(name, tokenizer, folder=None, max_length=256, max_train=None, tune=Fals
 
 def data_warnings(data, max_length):
     """Yield what a user may not expect of a dataset, as text."""
-    if data.n_labels == 1 and not data.tags:
+    if len(data.labels) == 1 and not data.tags:
         yield f"all train samples have the label {data.labels[0]!r}: there is nothing to tell apart"
     for name, split in data.splits.items():
-        unseen = (split.labels >= data.n_labels).sum().item()
+        unseen = (split.labels == len(data.labels)).sum()
         if unseen:
             yield f"{unseen} of {len(split)} {name} samples have a label that train lacks: they count as errors"
-        unseen = 0 if split.tags is None else (split.tags >= data.n_tags).sum().item()
+        unseen = (split.tags == len(data.tags)).sum() if data.tags else 0
         if unseen:
             yield f"{unseen} {name} words have a tag that train lacks: they count as errors"
         if split.truncated:

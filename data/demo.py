@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .samples import Samples
+from .samples import Sample
 
-SIZES = {"train": 4000, "dev": 500, "test": 500}
+SIZES = {"train": 1000, "dev": 250, "test": 250}
 ERROR_SHARE = 0.02
-SEED = 20230604
+SEED = 20230605
 ZIPF = list(accumulate(1 / k for k in range(1, 100)))  # cumulative weights of up to 99 options
 OPENINGS = ["", "please", "hey", "can you", "i would like you to", "ok now", "um"]
 CLOSINGS = ["", "please", "thanks", "for me", "right away"]
@@ -43,7 +43,7 @@ def fill(rng, text):
 
 
 def utterance(rng, intent):
-    """Return (words, tags) of one utterance with this intent."""
+    """Return (words, intent, tags) of one utterance."""
     words, tags = [], []
 
     def add(text, slot=None):
@@ -62,50 +62,43 @@ def utterance(rng, intent):
         i = rng.integers(len(words))
         j = rng.integers(len(words[i]))
         words[i] = words[i][:j] + words[i][j + 1 : j + 2] + words[i][j : j + 1] + words[i][j + 2 :]
-    return words, tags
+    return words, intent, tags
 
 
 def planted_errors():
-    """Return the indices of the train samples whose annotation is wrong on purpose: (80,) int64, ascending."""
+    """Return the indices of the train samples whose annotation is wrong on purpose: (20,) int64, ascending."""
     n = SIZES["train"]
     return np.sort(np.random.default_rng([SEED, 1]).permutation(n)[: round(ERROR_SHARE * n)])
 
 
 def errors_found(scores):
-    """Count the planted errors among the highest scores. As many scores are looked at as there are errors.
+    """Count the planted errors among the highest scores, (N,). As many scores are looked at as there are errors.
 
-    scores: (n,) of the first n train samples. Returns (found, planted).
+    Returns (found, planted).
     """
     planted = planted_errors()
-    planted = planted[planted < len(scores)]
     top = np.argsort(-scores, kind="stable")[: len(planted)]
     return int(np.isin(planted, top).sum()), len(planted)
 
 
-def spoil(rng, samples, i):
-    """Make the annotation of sample i wrong: another intent, or another type for all its slots of one type."""
-    types = sorted({tag[2:] for tag in samples.tags[i] if tag != "O"})
+def spoil(rng, sample):
+    """Return a sample with a wrong annotation: another intent, or another type for all its slots of one type."""
+    types = sorted({tag[2:] for tag in sample.tags if tag != "O"})
     if not types or rng.random() < 0.5:
-        samples.labels[i] = str(rng.choice([intent for intent in PATTERNS if intent != samples.labels[i]]))
-    else:
-        old = str(rng.choice(types))
-        new = str(rng.choice([slot for slot in VALUES if slot not in types]))
-        samples.tags[i] = [tag[:2] + new if tag[2:] == old else tag for tag in samples.tags[i]]
+        return sample._replace(label=str(rng.choice([intent for intent in PATTERNS if intent != sample.label])))
+    old = str(rng.choice(types))
+    new = str(rng.choice([slot for slot in VALUES if slot not in types]))
+    return sample._replace(tags=[tag[:2] + new if tag[2:] == old else tag for tag in sample.tags])
 
 
-def generate():
-    """Return {"train": Samples, "dev": Samples, "test": Samples}, the same on every machine."""
+def generate(_folder=None):
+    """Return {"train": samples, "dev": samples, "test": samples}, the same on every machine."""
     splits = {}
     for number, (split, size) in enumerate(SIZES.items()):
         rng = np.random.default_rng([SEED, 0, number])
-        texts, labels, tags = [], [], []
-        for _ in range(size):
-            labels.append(draw(rng, list(PATTERNS)))
-            words, names = utterance(rng, labels[-1])
-            texts.append(words)
-            tags.append(names)
-        splits[split] = Samples(texts, labels, tags)
+        intents = (draw(rng, list(PATTERNS)) for _ in range(size))
+        splits[split] = [Sample(*utterance(rng, intent), row) for row, intent in enumerate(intents)]
     rng = np.random.default_rng([SEED, 2])
     for i in planted_errors():
-        spoil(rng, splits["train"], i)
+        splits["train"][i] = spoil(rng, splits["train"][i])
     return splits

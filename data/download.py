@@ -14,8 +14,7 @@ from typing import NamedTuple
 from filelock import FileLock
 from torch.hub import download_url_to_file
 
-from .encoding import one_line
-from .samples import DataError, expect
+from errors import UserError, expect, one_line
 
 ROUNDS = 2  # how often every address is tried
 TIMEOUT = 30  # seconds without a byte
@@ -45,13 +44,13 @@ def absent(folder, files):
     return [file for file in files if not (Path(folder) / file.path).is_file()]
 
 
-def fetch(name, folder, files, check, licence=""):
+def fetch(name, source, folder, files):
     """Download the files of a dataset where `folder` lacks one. Files that exist are not replaced.
 
-    check: called with a folder of the downloaded files, before they are moved; raises DataError where they are wrong.
-    Processes that fetch at once wait for each other. Raises DataError that says what to put where by hand.
+    source: a data.Source, whose reader must find the official number of rows. Processes that fetch at once wait for
+    each other. Raises UserError that says what to put where by hand.
     """
-    folder, paths, timeout = Path(folder), ", ".join(file.path for file in files), socket.getdefaulttimeout()
+    paths, timeout = ", ".join(file.path for file in files), socket.getdefaulttimeout()
     if not absent(folder, files):
         return
     try:
@@ -60,28 +59,29 @@ def fetch(name, folder, files, check, licence=""):
         with FileLock(folder / ".download.lock"), TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
             missing = absent(folder, files)  # none, if another process had the lock before
             if missing:
-                print(f"{name}: downloading {paths} to {folder} (licence: {licence})", flush=True)
+                print(f"{name}: downloading {paths} to {folder} (licence: {source.licence})", flush=True)
                 for sha256 in dict.fromkeys(file.sha256 for file in files):
                     download([file for file in files if file.sha256 == sha256], Path(scratch))
-                check(Path(scratch))
+                rows = tuple(map(len, source.reader(Path(scratch)).values()))
+                expect(rows == source.rows, "the download", f"{rows} rows, officially {source.rows}")
             for file in missing:
                 (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(scratch) / file.path, folder / file.path)
-    except (DataError, OSError) as error:
-        raise DataError(f"{name}: {one_line(error)}; put {paths} into {folder} by hand, or name the folder that has "
+    except (UserError, OSError) as error:
+        raise UserError(f"{name}: {one_line(error)}; put {paths} into {folder} by hand, or name the folder that has "
                         "all datasets with --data-dir or DATA_DIR") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def download(files, scratch):
-    """Download one file, or several files of one archive, into the folder `scratch`. Raises DataError."""
+    """Download one file, or several files of one archive, into the folder `scratch`. Raises UserError."""
     got, wanted, failures = scratch / ".part", files[0].sha256, {}
     for url in files[0].urls * ROUNDS:
         try:
             download_url_to_file(url, str(got), progress=sys.stderr.isatty())
             found = hashlib.sha256(got.read_bytes()).hexdigest()
-            if found != wanted and "/glue/data/" in url and "#" in url:  # it was zipped again: `check` counts the rows
+            if found != wanted and "/glue/data/" in url and "#" in url:  # it was zipped again: `fetch` counts the rows
                 print(f"warning: {url} has sha256 {found}, not {wanted}", file=sys.stderr)
             else:
                 expect(found == wanted, "sha256", f"{found}, not {wanted}: it was changed, or damaged on the way")
@@ -93,7 +93,7 @@ def download(files, scratch):
         except Exception as error:  # whatever a network or a damaged archive makes the libraries raise
             failures[url] = one_line(error)
             time.sleep(PAUSE)
-    raise DataError("; ".join(f"{url} could not be fetched ({reason})" for url, reason in failures.items()))
+    raise UserError("; ".join(f"{url} could not be fetched ({reason})" for url, reason in failures.items()))
 
 
 def unpack(archive, member):

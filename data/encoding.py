@@ -3,8 +3,7 @@
 import importlib.util
 from array import array
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,23 +15,14 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distributed import rank
+from errors import UserError, expect, one_line
 
 transformers_logging.set_verbosity_error()  # its notes on unused pretraining heads say nothing to our user
 transformers_logging.disable_progress_bar()
 
 IGNORE = -100  # the tag of a token that carries none: PyTorch's ignore_index
-LOST = -1  # the start of a word that was cut off
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PROBES = ("wake me up", "play some jazz in the kitchen", "what's on at 7:30 p.m.")
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded, used or saved. The message is one line."""
-
-
-def one_line(error):
-    """Return the message of an exception as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def local_copy(name):
@@ -45,24 +35,24 @@ def local_copy(name):
 
 
 def pretrained(loader, name, **options):
-    """Return loader.from_pretrained(name), running no code from the model's folder. Raises ModelError."""
+    """Return loader.from_pretrained(name), running no code from the model's folder. Raises UserError."""
     try:
         return loader.from_pretrained(local_copy(name), trust_remote_code=False, **options)
     except Exception as error:  # whatever a foreign model folder makes the libraries raise
-        raise ModelError(f"--model {name}: {one_line(error)}; name a Hugging Face hub id (needs the network), or a "
+        raise UserError(f"--model {name}: {one_line(error)}; name a Hugging Face hub id (needs the network), or a "
                          "folder with config.json, model.safetensors and tokenizer files") from None
 
 
 def load_tokenizer(name):
-    """Return the fast tokenizer of a hub id or a folder. Raises ModelError.
+    """Return the fast tokenizer of a hub id or a folder. Raises UserError.
 
     Byte-level BPE knows the start of a word by the blank before it. Single words get this blank, too.
     """
     tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise ModelError(f"--model {name}: no fast tokenizer with a padding token; take another model")
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers made it up
-        raise ModelError(f"--model {name}: no tokenizer; add its files, such as tokenizer.json or vocab.txt")
+    usable = tokenizer.is_fast and tokenizer.pad_token_id is not None
+    expect(usable, f"--model {name}", "no fast tokenizer with a padding token; take another model")
+    made_up = len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)  # by transformers, without files
+    expect(not made_up, f"--model {name}", "no tokenizer; add its files, such as tokenizer.json or vocab.txt")
     if isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel) and not words_match(tokenizer):
         tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
     return tokenizer
@@ -75,12 +65,6 @@ def words_match(tokenizer):
         return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     return all(ids(text.split(), is_split_into_words=True) in (ids(text), ids(" " + text)) for text in PROBES)
-
-
-@cache
-def highest_id(tokenizer):
-    """Return the highest id of a tokenizer's vocabulary, which may be above its size."""
-    return max(tokenizer.get_vocab().values())
 
 
 class Batch(NamedTuple):
@@ -96,22 +80,17 @@ class Batch(NamedTuple):
 
 @dataclass
 class Split:
-    """N samples in flat arrays: sample i owns tokens[offsets[i]:offsets[i+1]], and its words likewise.
+    """N samples in flat arrays: sample i owns tokens[offsets[i]:offsets[i+1]], and its types and tags likewise.
 
-    Ids of labels and tags index `Dataset.labels` and `Dataset.tags`. Ids from `n_labels` (`n_tags`) on do not occur in
-    train. No prediction can equal them, so they count as errors.
+    Ids of labels and tags index the names of train. A name that train lacks has the next id: no prediction equals it.
     """
 
-    tokens: torch.Tensor  # (T,) int16 where the vocabulary allows, else int32
+    tokens: torch.Tensor  # (T,) int32
     offsets: torch.Tensor  # (N+1,) int64
     labels: torch.Tensor  # (N,) int32
     pad: int
     types: torch.Tensor | None = None  # (T,) int8
-    tags: torch.Tensor | None = None  # (T,) int16: each word's tag at its first sub-token, IGNORE elsewhere
-    # For evaluation. Train has no such arrays: they would be a third of its memory.
-    word_tags: torch.Tensor | None = None  # (W,) int16
-    word_starts: torch.Tensor | None = None  # (W,) int16: first sub-token, counted within the sample, or LOST
-    word_offsets: torch.Tensor | None = None  # (N+1,) int64
+    tags: torch.Tensor | None = None  # (T,) int32: each word's tag at its first sub-token, IGNORE elsewhere
     truncated: int = 0  # number of samples that were too long
 
     def __post_init__(self):
@@ -174,26 +153,24 @@ def sorted_batches(split, tokens=None):
     return batch_list
 
 
-def encode(samples, tokenizer, max_length, label_ids, tag_ids, words=True):
-    """Tokenise a split of text into a Split. Raises ModelError where words would differ from text.
+def encode(samples, tokenizer, max_length, label_ids, tag_ids):
+    """Tokenise samples into a Split. Raises UserError where words would differ from text.
 
-    max_length: tokens a sample, special ones included. label_ids, tag_ids: {name: id}. words: add the arrays of words,
-    for evaluation. The first sub-token of a word carries its tag. A word that the tokenizer would drop becomes its
-    unknown token. A word that is cut off by `max_length` is LOST.
+    max_length: tokens a sample, special ones included. label_ids, tag_ids: {name: id}. The first sub-token of a word
+    carries its tag. A word that the tokenizer would drop becomes its unknown token, so only `max_length` loses words.
     """
-    joint = samples.tags is not None
-    if joint and not words_match(tokenizer):
-        raise ModelError(f"--model {tokenizer.name_or_path}: its tokenizer splits single words differently from text; "
-                         "choose another model for intents and slots")
-    typed = samples.pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
-    dropped = dropped_words(samples.texts, tokenizer) if joint else {}
-    tokens, types, offsets = array("h" if highest_id(tokenizer) < 2**15 else "i"), array("b"), array("q", [0])
-    starts, truncated = array("h"), 0
+    joint, pairs = samples[0].tags is not None, isinstance(samples[0].text, tuple)
+    expect(not joint or words_match(tokenizer), f"--model {tokenizer.name_or_path}",
+           "its tokenizer splits single words differently from text; choose another model for intents and slots")
+    typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
+    dropped = dropped_words(samples, tokenizer) if joint else {}
+    tokens, types, tags, offsets, truncated = array("i"), array("b"), array("i"), array("q", [0]), 0
     for i in tqdm(range(0, len(samples), 1000), "encoding", leave=False, disable=True if rank() else None, delay=1):
-        texts = samples.texts[i : i + 1000]  # not all at once: the tokenizer's own objects are large
+        part = samples[i : i + 1000]  # not all at once: the tokenizer's own objects are large
+        texts = [sample.text for sample in part]
         if dropped:
-            texts = [[dropped.get(word, word) for word in row] for row in texts]
-        columns = zip(*texts) if samples.pairs else [texts]
+            texts = [[dropped.get(word, word) for word in words] for words in texts]
+        columns = zip(*texts) if pairs else [texts]
         encoded = tokenizer(*map(list, columns), is_split_into_words=joint, truncation=True, max_length=max_length,
                             return_attention_mask=False, return_token_type_ids=typed)
         for row, ids in enumerate(encoded["input_ids"]):
@@ -203,43 +180,17 @@ def encode(samples, tokenizer, max_length, label_ids, tag_ids, words=True):
             if typed:
                 types.extend(encoded["token_type_ids"][row])
             if joint:
-                first = [LOST] * len(texts[row])
-                for position, word in enumerate(encoded.word_ids(row)):
-                    if word is not None and first[word] == LOST:
-                        first[word] = position
-                starts.extend(first)
-    labels = array("i", (label_ids[label] for label in samples.labels))
-    split = Split(flat(tokens), flat(offsets), flat(labels), tokenizer.pad_token_id, truncated=truncated)
-    if typed:
-        split.types = flat(types)
-    if joint:
-        word_tags = flat(array("h", (tag_ids[name] for names in samples.tags for name in names)))
-        word_starts, word_offsets = flat(starts), flat(array("q", accumulate(map(len, samples.tags), initial=0)))
-        seen = word_starts != LOST
-        positions = split.offsets[:-1].repeat_interleave(word_offsets.diff()) + word_starts
-        split.tags = torch.full((len(tokens),), IGNORE, dtype=torch.int16)
-        split.tags[positions[seen]] = word_tags[seen]
-        if words:
-            split.word_tags, split.word_starts, split.word_offsets = word_tags, word_starts, word_offsets
-    return split
+                names = [tag_ids.get(name, len(tag_ids)) for name in part[row].tags]
+                words = pairwise([None, *encoded.word_ids(row)])
+                tags.extend(IGNORE if word in (None, before) else names[word] for before, word in words)
+    labels = array("i", (label_ids.get(sample.label, len(label_ids)) for sample in samples))
+    tensors = [torch.from_numpy(np.asarray(values)) for values in (tokens, offsets, labels, types, tags)]
+    return Split(*tensors[:3], tokenizer.pad_token_id, tensors[3] if typed else None, tensors[4] if joint else None,
+                 truncated)  # fmt: skip
 
 
-def dropped_words(texts, tokenizer):
+def dropped_words(samples, tokenizer):
     """Return {word: unknown token} of the words that the tokenizer drops, such as control characters."""
-    words = sorted({word for words in texts for word in words})
+    words = sorted({word for sample in samples for word in sample.text})
     pieces = tokenizer([[word] for word in words], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return {word: tokenizer.unk_token for word, ids in zip(words, pieces) if not ids and tokenizer.unk_token}
-
-
-def flat(values):
-    """Return an array.array as a tensor on the same memory."""
-    return torch.from_numpy(np.asarray(values))
-
-
-def number_names(train, others):
-    """Number names: those of train first, then those that only `others` have, each in sorted order.
-
-    Returns ({name: id}, how many of them train has).
-    """
-    known = sorted(set(train))
-    return {name: i for i, name in enumerate([*known, *sorted(set(others) - set(known))])}, len(known)

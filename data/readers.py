@@ -1,7 +1,7 @@
 """Read raw files into lists of text. A file that is wrong is refused with its name and line.
 
-A reader takes the folder of its dataset. It returns {"train": Samples, "dev": Samples, "test": Samples}, without dev or
-test where the dataset has none.
+A reader takes the folder of its dataset. It returns {"train": samples, "dev": samples, "test": samples}, without dev or
+test where the dataset has none. The last section reads a user's own folder.
 """
 
 import csv
@@ -9,20 +9,22 @@ import json
 import re
 from pathlib import Path
 
-from .samples import DataError, Samples, expect
+from errors import UserError, expect
+
+from .samples import Sample
 
 # ---- files to rows
 
 
 def read_lines(path):
-    """Return the lines of a UTF-8 text file, without line ends. Raises DataError: missing, blank or not UTF-8."""
+    """Return the lines of a UTF-8 text file, without line ends. Raises UserError: missing, blank or not UTF-8."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; a file of the dataset was expected here") from None
+        raise UserError(f"{path}: {error.strerror}; a file of the dataset was expected here") from None
     except UnicodeDecodeError as error:
         number, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
-        raise DataError(f"{path}:{number}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+        raise UserError(f"{path}:{number}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
     expect(text.strip(), path, "the file is empty; one sample a line was expected")
     # Not str.splitlines(): it would also cut at U+2028 and other characters that occur inside utterances.
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
@@ -58,7 +60,7 @@ def read_csv(path):
                 rows.append((f"{path}:{first}", cells))
             first = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{first}: {error}, in the row that begins here; put the whole cell in quotes, "
+        raise UserError(f"{path}:{first}: {error}, in the row that begins here; put the whole cell in quotes, "
                         "and double the quotes in it") from None
     return rows
 
@@ -80,7 +82,7 @@ def read_json(text, where):
 
 
 def pick(row, where, names, kind=str):
-    """Return the cells of some columns. Raises DataError unless each is there once, and of type `kind`."""
+    """Return the cells of some columns. Raises UserError unless each is there once, and of type `kind`."""
     for name in names:
         others = ", ".join(map(repr, row))[:200]
         expect(name in row, where, f"the column {name!r} was expected once; others are {others}")
@@ -107,20 +109,21 @@ def pick_label(row, where, name="label", known=None):
 
 
 def labelled(rows, texts, label="label", known=None):
-    """Build Samples for classification from [(where, {column: cell})]. A line break in a text becomes a blank.
+    """Return samples for classification from [(where, {column: cell})]. A line break in a text becomes a blank.
 
     texts: names of the one or two text columns. label: name of the label column. known: as for `pick_label`.
     """
-    found = []
-    for where, row in rows:
+    samples = []
+    for i, (where, row) in enumerate(rows):
         cells = tuple(re.sub("\n+", " ", cell) for cell in pick(row, where, texts))
         expect("".join(cells).strip(), where, f"no text in {' or '.join(texts)}")
-        found.append(cells if len(cells) > 1 else cells[0])
-    return Samples(found, [pick_label(row, where, label, known) for where, row in rows])
+        text = cells if len(cells) > 1 else cells[0]
+        samples.append(Sample(text, pick_label(row, where, label, known), row=i))
+    return samples
 
 
 def tagged(rows):
-    """Build Samples with slots from [(where, words, tags, label)]. An I-name may follow any tag."""
+    """Return samples with slots from [(where, words, tags, label)]. An I-name may follow any tag."""
     for where, words, tags, label in rows:
         expect(words, where, "no words; remove this sample")
         for word in words:
@@ -132,7 +135,7 @@ def tagged(rows):
             right = isinstance(tag, str) and re.fullmatch(r"O|[BI]-\S+", tag)
             expect(right, where, f"tag {str(tag)[:40]!r} is not of the form O, B-name or I-name")
         expect(label.strip() and "\t" not in label, where, f"label {label[:40]!r}; one label was expected")
-    return Samples([row[1] for row in rows], [row[3].strip() for row in rows], [row[2] for row in rows])
+    return [Sample(words, label.strip(), tags, row) for row, (_, words, tags, label) in enumerate(rows)]
 
 
 def bio(name, n):
@@ -206,7 +209,7 @@ def mtop_tags(words, spans, slots, where):
             expect({tags[i] for i in covered} == {"O"}, where, f"slot {slot}: no words, or words of another slot")
             tags[covered[0] : covered[-1] + 1] = bio(name, len(covered))
     except (AttributeError, KeyError, TypeError):
-        raise DataError(f"{where}: slots start:end:SL:NAME and tokenSpans of start and length were expected") from None
+        raise UserError(f"{where}: slots start:end:SL:NAME and tokenSpans of start and length were expected") from None
     return tags
 
 
@@ -215,8 +218,8 @@ MARK = re.compile(r"\[([^\[\]:]+) : ([^\[\]]+)\]")
 
 def read_massive(folder):
     """Read MASSIVE, en-US (the paper calls it SLURP): JSON lines with slots marked in the text as [name : words]."""
-    rows, splits = [], {"train": [], "dev": [], "test": []}
-    for i, (where, row) in enumerate(read_objects(Path(folder) / "1.0" / "data" / "en-US.jsonl")):
+    rows, partitions, splits = [], [], ("train", "dev", "test")
+    for where, row in read_objects(Path(folder) / "1.0" / "data" / "en-US.jsonl"):
         split, intent, utterance, marked = pick(row, where, ("partition", "intent", "utt", "annot_utt"))
         words, tags = [], []
         pieces = [*MARK.split(marked), "", ""]  # text, name, words, text, name, words, …, text
@@ -226,9 +229,9 @@ def read_massive(folder):
         expect(words == utterance.split(), where, "annot_utt must be utt with slots as [name : words]")
         expect(split in splits, where, f"partition {split[:40]!r}; train, dev or test was expected")
         rows.append((where, words, tags, intent))
-        splits[split].append(i)
+        partitions.append(split)
     samples = tagged(rows)
-    return {split: samples.take(indices) for split, indices in splits.items()}
+    return {split: [sample for sample, own in zip(samples, partitions) if own == split] for split in splits}
 
 
 # ---- classification
@@ -251,7 +254,62 @@ def read_mrpc(folder):
     samples = labelled(rows, ("#1 String", "#2 String"), "Quality", ("0", "1"))
     pairs = [tuple(pick(row, where, ids)) for where, row in rows]
     dev = {tuple(row.values()): where for where, row in read_table(Path(folder) / "mrpc_dev_ids.tsv", ids)}
-    for pair in dev.keys() - set(pairs):
-        raise DataError(f"{dev[pair]}: no row of msr_paraphrase_train.txt has these two ids")
-    return {"train": samples.take([i for i, pair in enumerate(pairs) if pair not in dev]),
-            "dev": samples.take([i for i, pair in enumerate(pairs) if pair in dev])}  # fmt: skip
+    for pair, where in dev.items():
+        expect(pair in pairs, where, "no row of msr_paraphrase_train.txt has these two ids")
+    return {split: [sample for sample, pair in zip(samples, pairs) if (pair in dev) == (split == "dev")]
+            for split in ("train", "dev")}  # fmt: skip
+
+
+# ---- a user's own folder
+
+
+SPLITS = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+KINDS = ("a folder with seq.in, seq.out and label; or a .tsv, .csv or .jsonl file with text (or text_a and text_b) and "
+         "label; or a .jsonl file with words, tags and label")  # fmt: skip
+
+
+def read_own(folder):
+    """Return the splits of a user's folder. Raises UserError where one is wrong, or of a kind that is not read."""
+    splits = {}
+    for path in sorted(Path(folder).iterdir()):
+        name, dot, ending = path.name.lower().partition(".")
+        if name in SPLITS:
+            split, kind = SPLITS[name], dot + ending
+            expect(kind in ("", ".tsv", ".csv", ".jsonl"), path, f"{kind} is not read; use {KINDS}")
+            expect(path.name == split + kind, path, f"rename it to {split + kind}")
+            expect(split not in splits, path, f"a second {split} split; remove one")
+            splits[split] = read_file(path) if kind else read_parallel(path)
+    expect("train" in splits, folder, f"no train split; add {KINDS}, named train")
+    forms = {type(samples[0].text) for samples in splits.values()}
+    expect(len(forms) == 1, folder, f"{', '.join(splits)} must be all of words and tags, all of texts, or all of pairs")
+    return {split: splits[split] for split in ("train", "dev", "test") if split in splits}
+
+
+def has_tags(folder):
+    """Return whether a user's folder has words and tags. Its train split shows it, by its name or first line."""
+    path = Path(folder) / "train.jsonl"
+    return (Path(folder) / "train").is_dir() or (path.is_file() and "words" in read_objects(path)[0][1])
+
+
+def read_file(path):
+    """Read one split from a .tsv, .csv or .jsonl file. The columns, or fields, of its first row say what it holds."""
+    rows = read_objects(path) if path.suffix == ".jsonl" else read_table(path)
+    where, first = rows[0]
+    if "words" in first:
+        rows = [(where, *pick(row, where, ("words", "tags"), list), pick_label(row, where)) for where, row in rows]
+        return tagged(rows)
+    pairs = "text_a" in first or "text_b" in first
+    expect(not pairs or "text" not in first, where, "columns text and text_a or text_b; remove one kind")
+    samples = labelled(rows, ("text_a", "text_b") if pairs else ("text",))
+    if path.suffix == ".csv":
+        refuse_swallowed_rows(rows, {sample.label for sample in samples})
+    return samples
+
+
+def refuse_swallowed_rows(rows, labels):
+    """Refuse a cell of several lines in which a label stands as in a row of its own: a stray quote opened the cell."""
+    names = "|".join(map(re.escape, labels))
+    row_end = re.compile(rf", *({names}) *[,\n]|\n *({names}) *,")
+    for where, row in rows:
+        swallowed = any("\n" in cell and row_end.search(cell) for cell in row.values())
+        expect(not swallowed, where, "a quote that opens in this row runs over other rows; remove it or double it")

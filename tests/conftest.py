@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import cache
-from itertools import count, cycle, islice
+from itertools import count
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -23,8 +23,8 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import train
-from data import DATASETS, demo, download, load, load_tokenizer
-from metrics import spans
+from data import DATASETS, FILES, demo, download, load, load_tokenizer
+from errors import UserError
 from models import build_model
 
 download.PAUSE = 0  # no test waits before another attempt
@@ -50,18 +50,13 @@ def raw():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of the tiny BERT."""
-    return tiny_bert(tmp_path_factory.mktemp("tiny"))
-
-
-def tiny_bert(folder):
-    """Write a two-layer BERT with random weights and a vocabulary of letters and a few hundred demo words."""
-    texts = demo.generate()["train"].texts
-    letters = sorted({letter for words in texts for word in words for letter in word})
-    words = sorted({word for words in texts[:1500] for word in words})
+    """Folder of a two-layer BERT with random weights and a vocabulary of letters and a few hundred demo words."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = sorted({word for sample in demo.generate()["train"][:400] for word in sample.text})
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = list(dict.fromkeys([*special, *letters, *("##" + letter for letter in letters), *words]))
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    write(folder, {"vocab.txt": vocabulary})
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
@@ -108,15 +103,8 @@ def write(folder, files):
     return folder
 
 
-@cache
-def demo_rows(split, size):
-    """Return the first (words, tags, label) of a split of demo, as a list."""
-    samples = demo.generate()[split]
-    return list(islice(zip(samples.texts, samples.tags, samples.labels), size))
-
-
 @contextmanager
-def one_line(error, message="."):
+def one_line(message=".", error=UserError):
     """Expect an error of one short line that matches `message`."""
     with pytest.raises(error, match=message) as caught:
         yield
@@ -129,8 +117,11 @@ def one_line(error, message="."):
 @cache
 def data_folder(model):
     """Write a little of demo as a dataset of one's own, beside the files of the tiny model. Returns its folder."""
-    splits = {split: demo_rows(split, size) for split, size in (("train", 64), ("dev", 24), ("test", 24))}
-    return write(Path(model) / "data", snips_files("snips", splits))
+    folder, splits = Path(model) / "data", demo.generate()
+    for split, size in (("train", 64), ("dev", 24), ("test", 24)):
+        texts, labels, tags, _ = zip(*splits[split][:size])
+        write(folder / split, {"seq.in": map(" ".join, texts), "seq.out": map(" ".join, tags), "label": labels})
+    return folder
 
 
 def small(model, out, *flags):
@@ -289,106 +280,57 @@ def await_checkpoint(process, out):
 
 # ---- raw files in every dataset's layout
 
-GLUE = ("cola", "sst2", "mrpc", "rte", "wnli", "qnli", "qqp", "mnli")
-# Rows of each split that make_raw writes. ATIS has no dev split, and GLUE no test split with labels.
-ROWS = {name: {"train": 60, "dev": 10, "test": 10} for name in ("snips", "atis", "mtop", "slurp")}
-ROWS |= {name: {"train": 60, "dev": 10} for name in GLUE}
-ROWS["mnli"]["dev_mismatched"] = 10
-del ROWS["atis"]["dev"]
+# Two rows, which every dataset with slots has. A split has them as often as TIMES says.
+ROWS = [("café à deux x", "O B-A I-A B-A", "buy"), ("at five am : now", "O B-time I-time O O", "wake")]
+TIMES = {"train": 4, "dev": 3, "eval": 3, "dev_matched": 3, "dev_mismatched": 1, "test": 2}
+MARKED = ["café [A : à deux] [A : x]", "at [ time : five  am ] : now"]  # the same rows in SLURP's notation
 
-LABELS = dict.fromkeys(GLUE, ("0", "1")) | dict.fromkeys(("rte", "qnli"), ("entailment", "not_entailment"))
-LABELS["mnli"] = ("contradiction", "entailment", "neutral")
 
-# The columns of GLUE's tables, and what glue_files puts there: texts a and b, the label y, ids i and j, or nothing.
-COLUMNS = {
-    "cola": "source:-|label:y|mark:-|sentence:a",
-    "sst2": "sentence:a|label:y",
-    "mrpc": "Quality:y|#1 ID:i|#2 ID:j|#1 String:a|#2 String:b",
-    "rte": "index:i|sentence1:a|sentence2:b|label:y",
-    "wnli": "index:i|sentence1:a|sentence2:b|label:y",
-    "qnli": "index:i|question:a|sentence:b|label:y",
-    "qqp": "id:i|qid1:i|qid2:j|question1:a|question2:b|is_duplicate:y",
-    "mnli": "index:i|genre:-|sentence1_parse:-|sentence1:a|sentence2:b|label1:-|gold_label:y",
-}
+def table(*lines):
+    """Return lines with tabs for bars."""
+    return [line.replace("|", "\t") for line in lines]
+
+
+RAW = {  # {dataset: {file: lines}}; of GLUE, a text begins with a quote that is text
+    "snips": {f"SPLIT/{file}": lines for file, lines in zip(("seq.in", "seq.out", "label"), zip(*ROWS))},
+    "atis": {
+        "atis.SPLIT.query.csv": ["0 2 3 4 5 1", "0 6 7 8 9 10 1"],
+        "atis.SPLIT.slots.csv": ["0 0 1 2 1 0", "0 0 3 4 0 0 0"],
+        "atis.SPLIT.intent.csv": ["0", "1"],
+        "atis.dict.vocab.csv": ["BOS", "EOS", "café", "à", "deux", "x", "at", "five", "am", ":", "now"],
+        "atis.dict.slots.csv": ["O", "B-A", "I-A", "B-time", "I-time"],
+        "atis.dict.intent.csv": ["buy", "wake"],
+    },
+    "mtop": {"mtop/en/SPLIT.txt": table(
+        'id|IN:buy|6:13:SL:A,14:15:SL:A|café à deux x|-|en_XX|-|{"tokens": ["café", "à", "deux", "x"], "tokenSpans": ['
+        '{"start": 0, "length": 5}, {"start": 6, "length": 2}, {"start": 9, "length": 4}, {"start": 14, "length": 1}]}',
+        'id|IN:wake|3:10:SL:time|at five am : now|-|en|-|{"tokens": ["at", "five", "am", ":", "now"], "tokenSpans": ['
+        '{"start": 0, "length": 2}, {"start": 3, "length": 4}, {"start": 8, "length": 2}, {"start": 11, "length": 1}, '
+        '{"start": 13, "length": 3}]}')},
+    "slurp": {"1.0/data/en-US.jsonl": [
+        json.dumps({"partition": split, "intent": label, "utt": text, "annot_utt": marked})
+        for split in ("train", "dev", "test")
+        for (text, _, label), marked in [*zip(ROWS, MARKED)] * TIMES[split]]},
+    "cola": {"SPLIT.tsv": table('-|0|-|"a b', "-|1|*|c")},
+    "sst2": {"SPLIT.tsv": table("sentence|label", '"a b|0', "c|1")},
+    "mrpc": {
+        "msr_paraphrase_train.txt": table("\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", *(
+            line for i in range(7) for line in (f'0|{i}|50|"a b|d', f"1|{i}|60|c|"))),
+        "mrpc_dev_ids.tsv": table(*(f"{i}|{j}" for i in range(3) for j in (50, 60))),
+    },
+    "rte": {"SPLIT.tsv": table("index|sentence1|sentence2|label", '0|"a b|d|entailment', "1|c||not_entailment")},
+    "wnli": {"SPLIT.tsv": table("index|sentence1|sentence2|label", '0|"a b|d|0', "1|c||1")},
+    "qnli": {"SPLIT.tsv": table("index|question|sentence|label", '0|"a b|d|entailment', "1|c||not_entailment")},
+    "qqp": {"SPLIT.tsv": table("id|qid1|qid2|question1|question2|is_duplicate", '0|1|2|"a b|d|0', "3|4|5|c||1")},
+    "mnli": {"SPLIT.tsv": table("index|sentence1_parse|sentence1|sentence2|label1|gold_label",
+                                '0|-|"a b|d|-|entailment', "1|-|c||-|neutral")},
+}  # fmt: skip
 
 
 def make_raw(root, name):
-    """Write small raw files of dataset `name` below `root`, as upstream lays them out, of demo's utterances.
-
-    Returns {split: [(words, tags, label), …]}. In GLUE, the labels take turns instead.
-    """
-    rows = iter(demo_rows("train", 100))
-    splits = {split: list(islice(rows, n)) for split, n in ROWS[name].items()}
-    make = {"snips": snips_files, "atis": atis_files, "mtop": mtop_files, "slurp": slurp_files}.get(name, glue_files)
-    write(root / DATASETS[name].folder, make(name, splits))
-    return splits
-
-
-def snips_files(_, splits):
-    files = {}
-    for split, rows in splits.items():
-        words, tags, labels = zip(*rows)
-        files[f"{split}/seq.in"] = map(" ".join, words)
-        files[f"{split}/seq.out"] = map(" ".join, tags)
-        files[f"{split}/label"] = labels
-    return files
-
-
-def atis_files(_, splits):
-    columns, files = {"vocab": "query", "slots": "slots", "intent": "intent"}, {}
-    framed = {split: [(["BOS", *words, "EOS"], ["O", *tags, "O"], [label]) for words, tags, label in rows]
-              for split, rows in splits.items()}  # fmt: skip
-    for i, (kind, column) in enumerate(columns.items()):
-        known = sorted({name for rows in framed.values() for row in rows for name in row[i]})
-        files[f"atis.dict.{kind}.csv"] = known
-        for split, rows in framed.items():
-            files[f"atis.{split}.{column}.csv"] = [" ".join(str(known.index(name)) for name in row[i]) for row in rows]
-    return files
-
-
-def mtop_files(_, splits):
-    def line(words, tags, label):
-        starts = [len(" ".join([*words[:i], ""]).encode()) for i in range(len(words))]
-        ends = [start + len(word.encode()) for start, word in zip(starts, words)]
-        slots = ",".join(f"{starts[a]}:{ends[b - 1]}:SL:{name}" for a, b, name in sorted(spans(tags)))
-        places = [{"start": start, "length": end - start} for start, end in zip(starts, ends)]
-        tokens = json.dumps({"tokens": words, "tokenSpans": places}, ensure_ascii=False)
-        return "\t".join(["id", f"IN:{label}", slots, " ".join(words), "domain", "en_XX", f"[IN:{label} ]", tokens])
-
-    files = {"train": "train", "dev": "eval", "test": "test"}
-    return {f"mtop/en/{files[split]}.txt": [line(*row) for row in rows] for split, rows in splits.items()}
-
-
-def slurp_files(_, splits):
-    def line(split, words, tags, label):
-        marked = list(words)
-        for a, b, name in spans(tags):
-            marked[a] = f"[{name} : {marked[a]}"
-            marked[b - 1] += "]"
-        row = {"partition": split, "intent": label, "utt": " ".join(words), "annot_utt": " ".join(marked)}
-        return json.dumps({"id": "0", **row})
-
-    return {"1.0/data/en-US.jsonl": [line(split, *row) for split, rows in splits.items() for row in rows]}
-
-
-def glue_texts(words):
-    """Return the two texts that glue_files makes of an utterance. The first begins with a quote that is text."""
-    return '"' + " ".join(words), " ".join(words[1:]) or "x"
-
-
-def glue_files(name, splits):
-    header, kinds = zip(*(column.split(":") for column in COLUMNS[name].split("|")))
-    number, tables = count(1000), {}
-    for split, rows in splits.items():
-        tables[split] = []
-        for (words, _, _), label in zip(rows, cycle(LABELS[name])):
-            cells = {"-": "-", "y": label, "i": str(next(number)), "j": str(next(number))}
-            cells |= dict(zip("ab", glue_texts(words)))
-            tables[split].append("\t".join(cells[kind] for kind in kinds))
-    head = [] if name == "cola" else ["\t".join(header)]
-    if name == "mrpc":
-        ids = ["\t".join(row.split("\t")[1:3]) for row in tables["dev"]]
-        table = ["\ufeff" + head[0], *tables["dev"], *tables["train"]]
-        return {"msr_paraphrase_train.txt": table, "mrpc_dev_ids.tsv": ids}
-    file = {"dev": "dev_matched"} if name == "mnli" else {}
-    return {f"{file.get(split, split)}.tsv": [*head, *table] for split, table in tables.items()}
+    """Write small raw files of dataset `name` below `root`, as upstream lays them out."""
+    wanted, files = {file.path for file in FILES[name]}, {}
+    for path, lines in RAW[name].items():
+        for split, times in TIMES.items() if "SPLIT" in path else [("", 1)]:
+            files[path.replace("SPLIT", split)] = [*lines[:-2], *lines[-2:] * times]
+    write(root / DATASETS[name].folder, {path: lines for path, lines in files.items() if path in wanted})

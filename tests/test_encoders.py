@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from data import DEFAULT_MODEL, Dataset, ModelError, Samples, encode, load_tokenizer
+from data import DEFAULT_MODEL, Dataset, Sample, encode, load_tokenizer
 from data.encoding import local_copy
 from encoders import load_encoder
 from engine import FlatAdamW, limit_vocabulary
@@ -35,16 +35,15 @@ KINDS = {
 }  # fmt: skip
 TEXTS = ["wake me up at seven", "play some jazz", "play jazz", "wake me"] * 4
 TASKS = {
-    "joint": Samples([text.split() for text in TEXTS], ["wake", "play", "play", "wake"] * 4,
-                     [["B-x"] + ["O"] * text.count(" ") for text in TEXTS]),
-    "classification": Samples(TEXTS, ["yes", "no"] * 8),
-    "pairs": Samples([(text, "me up") for text in TEXTS], ["yes", "no"] * 8),
-}  # fmt: skip
+    "joint": [Sample(text.split(), text[:4], ["B-x"] + ["O"] * text.count(" ")) for text in TEXTS],
+    "classification": [Sample(text, ["yes", "no"][i % 2]) for i, text in enumerate(TEXTS)],
+    "pairs": [Sample((text, "me up"), ["yes", "no"][i % 2]) for i, text in enumerate(TEXTS)],
+}
 
 
 @pytest.fixture(scope="module")
 def build(tiny, tmp_path_factory):
-    """build("bert", flag=…) → folder of such an encoder with random weights, beside a tokenizer of 460 tokens."""
+    """build("bert", flag=…) → folder of such an encoder with random weights, beside the tiny tokenizer."""
 
     @cache
     def go(kind, tokenizer=None, **flags):
@@ -61,10 +60,10 @@ def build(tiny, tmp_path_factory):
 
 def dataset(tokenizer, samples):
     """Return a Dataset whose splits are all the same samples."""
-    labels, tags = sorted(set(samples.labels)), ["B-x", "O"] if samples.tags else []
+    labels, tags = sorted({sample.label for sample in samples}), ["B-x", "O"] if samples[0].tags else []
     label_ids, tag_ids = ({name: i for i, name in enumerate(names)} for names in (labels, tags))
     split = encode(samples, tokenizer, 99, label_ids, tag_ids)
-    return Dataset("samples", split, {"dev": split}, labels, len(labels), tags, len(tags), samples.pairs)
+    return Dataset("samples", split, {"dev": split}, {"dev": samples}, labels, tags, isinstance(samples[0].text, tuple))
 
 
 def trained(folder, samples, steps=2, precision="fp32"):
@@ -91,10 +90,10 @@ def test_an_encoder_trains_and_predicts_the_same_after_loading(build, tmp_path, 
     model.save(tmp_path)
     again = NLUModel.load(tmp_path)
     loaded = predictions(again, dev)
-    assert np.array_equal(loaded[0], labels) and (tags is None or np.array_equal(loaded[1], tags))
-    named = again.predict(TEXTS if task == "joint" else TASKS[task].texts)
+    assert np.array_equal(loaded[0], labels) and all(map(np.array_equal, loaded[1], tags))
+    named = again.predict(TEXTS if task == "joint" else [sample.text for sample in TASKS[task]])
     assert [label for label, _ in named] == [data.labels[label] for label in labels]
-    assert tags is None or [tag for _, words in named for _, tag in words] == [data.tags[tag] for tag in tags]
+    assert [[tag for _, tag in words] for _, words in named] == [[data.tags[tag] for tag in row] for row in tags]
 
 
 @pytest.mark.parametrize(("kind", "task", "precision"), [("bert", "pairs", "fp32"),
@@ -122,16 +121,16 @@ def test_tables_beyond_int16_train(build, first):
 @pytest.mark.parametrize(("kind", "flags", "precision"), [
     ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2}, "fp32"), ("llama", {}, "fp32"),  # causal decoders
     ("bert", {"is_decoder": True}, "fp32"), ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "fp32"),
-    ("bert", {"vocab_size": 460, "pad": "[new]"}, "fp32"),  # the added padding token has no embedding
+    ("bert", {"pad": "[new]"}, "fp32"),  # the added padding token has no embedding
     ("fnet", {}, "bf16"), ("bert", {"max_position_embeddings": 6}, "fp32"),  # fails on a batch; texts are too long
 ])  # fmt: skip
 def test_an_encoder_that_cannot_work_is_refused_in_one_line(build, tiny, kind, flags, precision, task):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.pad_token = flags.get("pad", "[PAD]")
     tokenizer.add_special_tokens({"pad_token": tokenizer.pad_token})
-    folder = build(kind, tokenizer, **{flag: value for flag, value in flags.items() if flag != "pad"})
+    folder = build(kind, tokenizer, **({"vocab_size": len(tokenizer) - 1} if "pad" in flags else flags))
     tokenizer = load_tokenizer(folder)
-    with one_line(ModelError, f"--model {folder}"):
+    with one_line(f"--model {folder}"):
         build_model(folder, tokenizer, dataset(tokenizer, TASKS[task]), 0, precision)
 
 
@@ -140,7 +139,7 @@ def test_an_encoder_with_weights_missing_is_refused(build, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with one_line(ModelError, r"layer\.1\.output\.dense\.weight"):
+    with one_line(r"layer\.1\.output\.dense\.weight"):
         load_encoder(str(folder))
 
 
@@ -149,7 +148,7 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tiny, tmp_path, load):
     """With a right config.json alone, transformers would make up a tokenizer to which every word is unknown."""
     for content in ("{", '{"model_type": "no-such-model"}', "[]", Path(tiny, "config.json").read_text()):
         (tmp_path / "config.json").write_text(content)
-        with one_line(ModelError):
+        with one_line():
             load(str(tmp_path))
 
 

@@ -1,11 +1,12 @@
 """The command line: what is refused, and that every flag changes a run."""
 
 import copy
+import subprocess
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from conftest import data_folder, log_of, only_folder, refused, rounds_of
+from conftest import ROOT, data_folder, log_of, only_folder, refused, rounds_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ import runs
 import train
 from data import load
 from models import build_model
-from pruning import Plan
+from pruning import make_plan
 from scoring import METHODS
 
 BAD = [
@@ -37,9 +38,20 @@ def test_the_help_can_be_printed():
     assert "--keep" in flags.parser("").format_help()
 
 
-def test_the_default_learning_rate_depends_on_the_task():
-    rates = [flags.parse(["--dataset", name], "").lr for name in ("demo", "mtop", "rte", "sst2")]
-    assert rates == [2e-4, 2e-4, 1e-4, 1e-4]
+def test_learning_rate_and_smoothing_depend_on_the_task():
+    """The paper does not smooth scores of classification."""
+    args = [flags.parse(["--dataset", name], "") for name in ("demo", "mtop", "rte", "sst2")]
+    assert [one.lr for one in args] == [2e-4, 2e-4, 1e-4, 1e-4]
+    assert [(one.ema, one.std_weight) for one in args] == [(0.8, 1.0)] * 2 + [(1.0, 0.0)] * 2
+
+
+@pytest.mark.parametrize("environment", [{}, {"SMOKE": "1"}, {"PAPER": "1"}])
+def test_run_all_lists_commands_that_are_valid_and_differ(environment):
+    listed = subprocess.run(["bash", ROOT / "run_all.sh", "--list"], capture_output=True, text=True, check=True,
+                            env={"PATH": "/usr/bin:/bin", **environment})  # fmt: skip
+    commands = [command.split() for command in listed.stdout.splitlines()]
+    assert all(command[:2] == ["python", "train.py"] for command in commands)
+    assert len({str(flags.parse(command[2:], "")) for command in commands}) == len(commands) > 2
 
 
 # ---- the learning rate
@@ -53,18 +65,20 @@ VALUES = {"--epochs": COUNT, "--full-epochs": st.integers(0, 12).map(str), "--fu
 @settings(max_examples=50)
 @given(st.sampled_from(METHODS), st.fixed_dictionaries({}, optional=VALUES), st.integers(1, 5))
 def test_the_learning_rate_stays_within_0_and_lr(method, given_flags, steps):
-    """In each training it begins at lr and, unless it is constant, falls with every step."""
+    """In each training it begins at lr. It is constant, or falls with every step."""
     line = [part for flag, value in given_flags.items() for part in (flag, value) if part is not None]
     try:
         args = flags.parse(["--method", method, *line], "")
     except SystemExit:
         assume(False)
-    plan = Plan(args.epochs, args.full_epochs, args.cycle, args.full_end, args.selection == "static")
-    rates = [train.learning_rate(args, plan.progress(step / steps)) for step in range(plan.total * steps)]
-    cut = args.full_epochs * steps if plan.static else 0
+    static = args.selection == "static"
+    epochs = len(make_plan(args.epochs, args.full_epochs, args.cycle, args.full_end, static))
+    rates = [train.learning_rate(args, step / steps) for step in range(epochs * steps)]
+    cut = args.full_epochs * steps if static else 0
     for training in (rates[:cut], rates[cut:]):
         assert all(0 < rate <= args.lr for rate in training) and training[:1] in ([], [args.lr])
-        assert args.schedule == "constant" or all(later < rate for rate, later in pairwise(training))
+        falls = args.schedule == "linear"
+        assert all(later < rate if falls else later == rate for rate, later in pairwise(training))
 
 
 # ---- every flag changes the run, or is refused
@@ -78,8 +92,8 @@ EFFECTS = {"--keep": "0.7", "--full-epochs": "3", "--cycle": "3", "--full-end": 
 
 @pytest.fixture(scope="module")
 def loaded(tiny, tokenizer):
-    """30 samples and a model, for all runs of `quick`."""
-    data = load(str(data_folder(tiny)), tokenizer, max_train=30)
+    """40 samples and a model, for all runs of `quick`."""
+    data = load(str(data_folder(tiny)), tokenizer, max_train=40)
     return data, build_model(tiny, tokenizer, data, seed=0)
 
 

@@ -1,21 +1,19 @@
 """Metrics agree with seqeval, with scikit-learn, and with loops over words."""
 
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 from sklearn import metrics as sklearn
 
-from data import LOST, Split
+from data import Sample
 from metrics import evaluate, f1, matthews, span_f1
 
 TAGS = ["O", "B-a", "I-a", "B-b", "I-b", "B-a-b", "I-a-b"]
-DATA = SimpleNamespace(tags=TAGS)  # what evaluate needs of a Dataset with slots
+DATA = SimpleNamespace(labels=["x", "y"], tags=TAGS)  # what evaluate needs of a Dataset with slots
 pytestmark = pytest.mark.filterwarnings("ignore")  # seqeval and scikit-learn warn where a class is absent
 
 
@@ -35,34 +33,35 @@ def test_f1_and_matthews_agree_with_scikit_learn(pairs):
     assert matthews(gold, predicted) == pytest.approx(sklearn.matthews_corrcoef(gold, predicted), abs=1e-9)
 
 
-def slow_evaluate(split, labels, word_tags):
-    """Evaluate one utterance at a time. A lost word is wrong, and ends a span as O does."""
-    rows = [(split.word_tags[a:b].tolist(), list(word_tags[a:b])) for a, b in pairwise(split.word_offsets.tolist())]
-    intents = [gold == label for gold, label in zip(split.labels.tolist(), labels)]
-    words = [gold == tag for row in rows for gold, tag in zip(*row)]
-    names = [[[TAGS[max(tag, 0)] for tag in row[i]] for row in rows] for i in (0, 1)]
-    frames = [intent and row[0] == row[1] for intent, row in zip(intents, rows)]
-    return {"intent_acc": 100 * np.mean(intents), "slot_f1": 100 * f1_score(*names, zero_division=0),
-            "frame_acc": 100 * np.mean(frames), "slot_token_acc": 100 * np.mean(words)}  # fmt: skip
+def slow_evaluate(gold, labels, tags):
+    """Evaluate one utterance at a time. A word without a prediction is wrong, and ends a span as O does."""
+    intents = [sample.label == DATA.labels[label] for sample, label in zip(gold, labels)]
+    rows = [[[*(TAGS[tag] for tag in row), None, None, None, None, None][i] for i in range(len(sample.tags))]
+            for sample, row in zip(gold, tags)]  # fmt: skip
+    words = [tag == wanted for sample, row in zip(gold, rows) for tag, wanted in zip(row, sample.tags)]
+    frames = [intent and row == sample.tags for intent, sample, row in zip(intents, gold, rows)]
+    f1 = f1_score([sample.tags for sample in gold], [[tag or "O" for tag in row] for row in rows], zero_division=0)
+    return {"intent_acc": 100 * np.mean(intents), "slot_f1": 100 * f1, "frame_acc": 100 * np.mean(frames),
+            "slot_token_acc": 100 * np.mean(words)}  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_evaluate_agrees_with_its_slow_twin(seed):
-    """Some predicted words are LOST, because the input was cut off."""
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(1, 6, size=20)
-    split = Split(torch.zeros(20), torch.arange(21), torch.as_tensor(rng.integers(3, size=20)), pad=0,
-                  word_tags=torch.as_tensor(rng.integers(len(TAGS), size=counts.sum())),
-                  word_offsets=torch.as_tensor(np.cumsum([0, *counts])))  # fmt: skip
-    gold = split.word_tags.numpy()
-    word_tags = np.where(rng.random(len(gold)) < 0.9, gold, rng.integers(LOST, len(TAGS), size=len(gold)))
-    labels = np.where(rng.random(20) < 0.9, split.labels.numpy(), 0)
-    assert evaluate(DATA, split, labels, word_tags) == pytest.approx(slow_evaluate(split, labels, word_tags))
+    """Some labels and tags are unknown to train. The last words may have no prediction, because they were cut off."""
+    rng, gold, labels, tags = np.random.default_rng(seed), [], [], []
+    for _ in range(20):
+        own = rng.integers(len(TAGS) + 1, size=rng.integers(1, 6))
+        found = np.where(rng.random(len(own)) < 0.9, own, rng.integers(len(TAGS), size=len(own)))
+        tags.append(found.clip(max=len(TAGS) - 1)[: rng.integers(len(own) // 2, len(own) + 1)])
+        gold.append(Sample([], rng.choice(["x", "y", "new"]), [[*TAGS, "B-new"][tag] for tag in own]))
+        labels.append(rng.integers(2))
+    data = SimpleNamespace(**vars(DATA), gold={"dev": gold})
+    assert evaluate(data, "dev", np.array(labels), tags) == pytest.approx(slow_evaluate(gold, labels, tags))
 
 
 @pytest.mark.parametrize("labels", [["0", "1"], ["1", "0"]])
 def test_f1_is_of_the_label_1_whatever_its_id(labels):
-    data = SimpleNamespace(labels=labels, metrics=("accuracy", "f1"))
-    gold, predicted = ([labels.index(label) for label in row] for row in ("1100", "1000"))
-    split = Split(torch.zeros(4), torch.arange(5), torch.tensor(gold), pad=0)
-    assert evaluate(data, split, np.array(predicted), None) == pytest.approx({"accuracy": 75, "f1": 100 * 2 / 3})
+    gold = [Sample("", label) for label in "1100"]
+    data = SimpleNamespace(labels=labels, tags=[], metrics=("accuracy", "f1"), gold={"dev": gold})
+    predicted = np.array([labels.index(label) for label in "1000"])
+    assert evaluate(data, "dev", predicted, None) == pytest.approx({"accuracy": 75, "f1": 100 * 2 / 3})

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import flags
 import pruning
-from pruning import Plan, SelectionError, Smoother, highest, infobatch, kept_size, select
+from errors import UserError
+from pruning import Smoother, highest, infobatch, kept_size, make_plan, select
 
 TIED = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1e9, -3.0])  # few distinct scores: mostly ties
 
@@ -19,20 +20,15 @@ TIED = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1e9, -3.0])  # few distinct scores:
 
 @given(st.integers(1, 30), st.integers(0, 30), st.integers(1, 30), st.integers(0, 8))
 def test_a_dynamic_plan_selects_every_cycle_between_its_full_epochs(epochs, full, cycle, full_end):
-    plan, pruned = Plan(epochs, full, cycle, full_end), list(range(full, epochs - full_end))
-    assert plan.total == epochs and not any(map(plan.restarts_before, range(epochs)))
-    assert [e for e in range(epochs) if plan.selects_before(e)] == pruned[::cycle]
-    assert [e for e in range(epochs) if not plan.is_full(e)] == pruned
+    plan, pruned = make_plan(epochs, full, cycle, full_end), list(range(full, epochs - full_end))
+    assert len(plan) == epochs and [e for e in range(epochs) if plan[e] == "select"] == pruned[::cycle]
+    assert [e for e in range(epochs) if plan[e] != "full"] == pruned
 
 
-def test_a_static_plan_selects_once_and_starts_again():
-    """With τ = 2 and E = 4: two epochs that end in the selection, and four from the pretrained weights."""
-    plan = Plan(4, 2, static=True)
-    assert plan.total == 6
-    assert [epoch for epoch in range(6) if plan.selects_before(epoch)] == [2]
-    assert [epoch for epoch in range(6) if plan.restarts_before(epoch)] == [2]
-    assert [plan.progress(epoch) for epoch in range(6)] == [0, 0.5, 0, 0.25, 0.5, 0.75]
-    assert Plan(4, 0, static=True).selects_before(0) and not Plan(4, 0, static=True).restarts_before(0)
+def test_a_static_plan_selects_once():
+    """With τ = 2 and E = 4, there are two epochs before the selection, and four after it."""
+    assert make_plan(4, 2, static=True) == ["full", "full", "select", "same", "same", "same"]
+    assert make_plan(2, 0, static=True) == ["select", "same"]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 8, 9, 10, 16, 17, 40, 100])
@@ -45,9 +41,8 @@ def test_infobatch_prunes_in_the_epochs_of_its_authors(epochs):
             flags.parse(line, "")
     else:
         args = flags.parse(line, "")
-        plan = Plan(args.epochs, args.full_epochs, args.cycle, args.full_end)
-        assert [e for e in range(epochs) if not plan.is_full(e)] == wanted
-        assert [e for e in range(epochs) if plan.selects_before(e)] == wanted
+        plan = make_plan(args.epochs, args.full_epochs, args.cycle, args.full_end)
+        assert [e for e in range(epochs) if plan[e] == "select"] == wanted and "same" not in plan
 
 
 # ---- which
@@ -58,7 +53,7 @@ def test_highest_agrees_with_sorting_pairs(scores, keep, offset):
     """Of equal scores the lower index comes first. A size of 0 is refused."""
     n, size = len(scores), kept_size(len(scores), keep)
     if size < 1:
-        with pytest.raises(SelectionError):
+        with pytest.raises(UserError):
             highest(np.array(scores), keep, offset)
     else:
         ranked = sorted(range(n), key=lambda i: (-scores[i], i))[min(round(offset * n), n - size) :]
@@ -70,7 +65,7 @@ def test_scores_that_are_not_finite_are_refused(bad, rng):
     scores = np.array([1.0, bad, 0.0])  # the last rule refuses −1, which is no chance
     for rule in (lambda: highest(scores, 0.5), lambda: pruning.stratified(scores, 0.5, 0, rng),
                  lambda: infobatch(scores, 0.5, rng), lambda: pruning.gumbel_log_scores(-scores, rng)):  # fmt: skip
-        with pytest.raises(SelectionError):
+        with pytest.raises(UserError):
             rule()
 
 
@@ -113,7 +108,7 @@ def test_a_class_floor_agrees_with_exchanging_one_by_one(samples, floor):
     scores, labels = zip(*samples)
     kept, sizes = highest(np.array(scores), 0.5).tolist(), Counter(labels)
     if sum(min(floor, size) for size in sizes.values()) > len(kept):
-        with pytest.raises(SelectionError):
+        with pytest.raises(UserError):
             pruning.with_class_floor(np.array(kept), np.array(scores), np.array(labels), floor)
         return
     got = pruning.with_class_floor(np.array(kept), np.array(scores), np.array(labels), floor).tolist()
@@ -164,9 +159,9 @@ def test_smoothing_agrees_with_the_weights_written_out(rounds, alpha, c):
     state, rounds = {}, np.array(rounds, dtype=np.float32)
     for n in range(1, len(rounds) + 1):
         smooth, history = Smoother(alpha, c), rounds[:n].astype(float)
-        smooth.load_state_dict(state)
+        smooth.state = state
         weights = np.array([(1 - alpha) ** (n - 1)] + [alpha * (1 - alpha) ** (n - 1 - i) for i in range(1, n)])
         mean, correction = weights @ history, 1 - weights @ weights
         deviation = np.sqrt(weights @ (history - mean) ** 2 / correction) if correction > 1e-12 else 0
         np.testing.assert_allclose(smooth(rounds[n - 1]), mean + c * deviation, rtol=1e-5, atol=2e-6)
-        state = smooth.state_dict()
+        state = smooth.state

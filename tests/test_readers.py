@@ -1,15 +1,15 @@
-"""Readers take what is right, to the last row, and name what is wrong, with file and line."""
+"""Readers take what is right, to the last row, and name what is wrong, with file and line. None ends in a traceback."""
 
 import json
 from functools import cache
-from itertools import cycle, islice
 
+import numpy as np
 import pytest
-from conftest import GLUE, LABELS, ROWS, glue_texts, make_raw, one_line, write
+from conftest import RAW, ROWS, TIMES, make_raw, one_line, write
 
-from data import FILES, DataError, find, load
-from data.own import read_own
-from data.readers import mtop_tags, read_massive
+from data import FILES, encode, find, load
+from data.readers import read_own
+from errors import UserError, expect
 from metrics import spans
 
 # ---- the real files
@@ -32,8 +32,8 @@ def test_real_files_hold_what_is_official(raw, name):
     """Rows, labels, slot types and slots are the published numbers."""
     splits = real(name, raw)
     assert tuple(map(len, splits.values())) == find(name, raw)[0].rows
-    labels = {label for samples in splits.values() for label in samples.labels}
-    slots = [kind for samples in splits.values() for tags in samples.tags or () for *_, kind in spans(tags)]
+    samples = [sample for split in splits.values() for sample in split]
+    labels, slots = {sample.label for sample in samples}, [s for one in samples for *_, s in spans(one.tags or ())]
     for found, wanted in zip((labels, set(slots), slots), OFFICIAL[name] or ()):
         assert wanted in (None, len(found))
 
@@ -43,7 +43,7 @@ def test_mtop_slots_can_be_rebuilt_from_the_tags(raw):
     splits, rows = real("mtop", raw), 0
     for split, file in (("dev", "eval.txt"), ("test", "test.txt")):
         lines = (raw / "mtop/mtop/en" / file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        for line, tags in zip(lines, splits[split].tags, strict=True):
+        for line, (_, _, tags, _) in zip(lines, splits[split], strict=True):
             _, _, wanted, utterance, _, _, _, tokens = line.split("\t")
             slots, at = [], 0
             for word, tag in zip(json.loads(tokens)["tokens"], tags, strict=True):
@@ -60,45 +60,34 @@ def test_mtop_slots_can_be_rebuilt_from_the_tags(raw):
 
 # ---- files of the right shape, which the tests make
 
+ENTAILMENT = ["entailment", "not_entailment"]
+LABELS = {"rte": ENTAILMENT, "qnli": ENTAILMENT, "mnli": ["entailment", "neutral"]}
 
-@pytest.mark.parametrize("name", ROWS)
+
+@pytest.mark.parametrize("name", RAW)
 def test_every_reader_gives_back_what_was_written(tmp_path, tokenizer, capsys, name):
-    """Text, tags and labels of every dataset, whatever the line ends. Unofficial counts are said."""
-    rows = make_raw(tmp_path, name)
+    """Text, tags and labels of every dataset, whatever the line ends. Unofficial counts are said.
+
+    MTOP counts slots in bytes. Two adjacent slots of one name stay two. A row counts from the top of its file.
+    """
+    make_raw(tmp_path, name)
     assert load(name, tokenizer, tmp_path).train.lengths.min() > 2
     assert "officially" in capsys.readouterr().err
     source, path = find(name, tmp_path)
     splits = source.reader(path)
-    assert splits.keys() == rows.keys()
+    assert len(splits) == len(source.rows)
     for split, samples in splits.items():
-        words, tags, labels = map(list, zip(*rows[split]))
-        if name in GLUE:
-            pairs = [text if isinstance(text, tuple) else (text,) for text in samples.texts]
-            assert pairs == [glue_texts(utterance)[: len(pairs[0])] for utterance in words]
-            assert samples.labels == list(islice(cycle(LABELS[name]), len(words)))
-        else:
-            assert samples.texts == words and samples.tags == tags
-            assert [label.removeprefix("IN:") for label in samples.labels] == labels
+        texts, tags, labels = map(list, zip(*[(a.split(), b.split(), label) for a, b, label in ROWS]))
+        if source.classifies:
+            texts, tags = ['"a b', "c"] if name in ("cola", "sst2") else [('"a b', "d"), ("c", "")], None
+            labels = LABELS.get(name, ["0", "1"])
+        found = [(text, label.removeprefix("IN:"), own) for text, label, own, _ in samples]
+        assert found == list(zip(texts, labels, tags or [None] * 2)) * TIMES[split]
+    assert name != "slurp" or [sample.row for sample in splits["test"]] == [14, 15, 16, 17]
     for file in FILES[name]:
         (path / file.path).write_bytes(b"\xef\xbb\xbf" + (path / file.path).read_bytes().replace(b"\n", b"\r\n"))
     if name != "mrpc":  # whose file has a byte-order mark already
         assert source.reader(path) == splits
-
-
-def test_massive_notation(tmp_path):
-    """Slots are what stands in brackets after the colon. Two adjacent slots of one name stay two."""
-    rows = [("train", "[a : x] [a : y z] w", "x y z w"), ("dev", "at [ time : five  am ] : now", "at five am : now")]
-    rows = [{"partition": split, "intent": "i", "annot_utt": marked, "utt": text} for split, marked, text in rows]
-    splits = read_massive(write(tmp_path, {"1.0/data/en-US.jsonl": map(json.dumps, rows)}))
-    assert splits["train"].tags == [["B-a", "B-a", "I-a", "O"]]
-    assert splits["dev"].tags == [["O", "B-time", "I-time", "O", "O"]] and splits["dev"].rows == [1]
-
-
-def test_mtop_slots_are_counted_in_bytes():
-    """Letters beyond ASCII have several. Two adjacent slots of one name stay two."""
-    words, starts = ["café", "à", "deux", "x"], [0, 6, 9, 14]
-    spans = [{"start": start, "length": len(word.encode())} for start, word in zip(starts, words)]
-    assert mtop_tags(words, spans, "6:13:SL:A,14:15:SL:A", "here") == ["O", "B-A", "I-A", "B-A"]
 
 
 # ---- the user's own data
@@ -108,23 +97,27 @@ TABLE = "text\tlabel\na\tx\n"
 JOINT = {"train/seq.in": "a b\nc\n", "train/seq.out": "I-x O\nO\n", "train/label": "x\ny\n"}
 
 
-@pytest.mark.parametrize(("files", "texts"), [
-    ({"train.tsv": "text\tlabel\n\"a\" b\tx\nc\ty\n"}, ['"a" b', "c"]),  # without quoting
-    ({"train.csv": 'label,text,,\nx, "a, ""b""",,\ny,c,,\n'}, ['a, "b"', "c"]),  # empty columns
-    ({"train.csv": 'text,label\r\n"a, z\r\n\r\nb",x\r\n"c\r\n",y\r\n'}, ["a, z b", "c "]),  # line breaks in cells
-    ({"train.tsv": "id\ttext_b\tlabel\ttext_a\n1\tb\tx\ta\n2\t\ty\tc\n"}, [("a", "b"), ("c", "")]),  # QQP has such rows
-    ({"train.jsonl": '{"text": "a\\u2028b", "label": "x", "n": null}\n{"label": "y", "text": "c"}'}, ["a\u2028b", "c"]),
-    ({"train.jsonl": '{"text_b": "b", "text_a": "a", "label": "x"}\n{"text_a": "c", "text_b": "", "label": "y"}'},
-     [("a", "b"), ("c", "")]),
-    ({"train.jsonl": '{"words": ["a", "b"], "tags": ["O", "I-x"], "label": "x"}\n'
-                     '{"words": ["c"], "tags": ["B-x"], "label": "y"}'}, [["a", "b"], ["c"]]),
-    (JOINT, [["a", "b"], ["c"]]),
-])  # fmt: skip
+OWN = {  # a user's folders of every kind, and the texts of their two train samples
+    "tsv": ({"train.tsv": "text\tlabel\n\"a\" b\tx\nc\ty\n"}, ['"a" b', "c"]),  # without quoting
+    "csv": ({"train.csv": 'label,text,,\nx, "a, ""b""",,\ny,c,,\n'}, ['a, "b"', "c"]),  # empty columns
+    "csv lines": ({"train.csv": 'text,label\r\n"a, z\r\n\r\nb",x\r\n"c\r\n",y\r\n'}, ["a, z b", "c "]),
+    "tsv pairs": ({"train.tsv": "id\ttext_b\tlabel\ttext_a\n1\tb\tx\ta\n2\t\ty\tc\n"}, [("a", "b"), ("c", "")]),
+    "jsonl": ({"train.jsonl": '{"text": "a\\u2028b", "label": "x", "n": null}\n{"label": "y", "text": "c"}'},
+              ["a\u2028b", "c"]),
+    "jsonl pairs": ({"train.jsonl": '{"text_b": "b", "text_a": "a", "label": "x"}\n'
+                                    '{"text_a": "c", "text_b": "", "label": "y"}'}, [("a", "b"), ("c", "")]),
+    "jsonl words": ({"train.jsonl": '{"words": ["a", "b"], "tags": ["O", "I-x"], "label": "x"}\n'
+                                    '{"words": ["c"], "tags": ["B-x"], "label": "y"}'}, [["a", "b"], ["c"]]),
+    "words": (JOINT, [["a", "b"], ["c"]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "texts"), OWN.values(), ids=OWN)
 def test_own_data_of_every_kind(tmp_path, files, texts):
     """Folders of words and tags, and .tsv, .csv and .jsonl files, as spreadsheets and pandas write them."""
     samples = read_own(write(tmp_path, files))["train"]
-    assert samples.texts == texts and samples.labels == ["x", "y"]
-    assert find(str(tmp_path))[0].classifies == (samples.tags is None)
+    assert [sample[:2] for sample in samples] == list(zip(texts, "xy"))
+    assert find(str(tmp_path))[0].classifies == (samples[0].tags is None)
 
 
 @pytest.mark.parametrize(("files", "message"), [
@@ -159,55 +152,105 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train/seq.in": "a"}, "train/seq.out: No such file"),
 ])  # fmt: skip
 def test_own_data_that_is_off_is_refused_with_file_and_line(tmp_path, files, message):
-    with one_line(DataError, message):
+    with one_line(message):
         read_own(write(tmp_path, files))
 
 
 def test_a_link_to_nowhere_is_not_taken_for_a_split_that_is_not_there(tmp_path):
     """A dev set that cannot be read must not be replaced by a part of train."""
     (write(tmp_path, {"train.tsv": TABLE}) / "dev.tsv").symlink_to(tmp_path / "gone")
-    with one_line(DataError, r"dev.tsv: No such file"):
+    with one_line(r"dev.tsv: No such file"):
         read_own(tmp_path)
 
 
 # ---- damaged files
 
-DAMAGE = {
-    "bad UTF-8": lambda lines: [lines[0], b"\xff" + lines[1], *lines[2:]],
-    "blank lines only": lambda lines: [b"", b""],
-    "an empty line": lambda lines: [*lines[:3], b"", *lines[3:]],
-    "a stray tab": lambda lines: [*lines[:3], b"x\t" + lines[3], *lines[4:]],
-}
+DAMAGE = (  # of the lines of a file; each is refused
+    lambda lines: [b"\xff" + lines[0], *lines[1:]],  # no UTF-8
+    lambda lines: [b"", b""],
+    lambda lines: [lines[0], b"", *lines[1:]],
+    lambda lines: [lines[0], b"x\t" + lines[1], *lines[2:]],
+)
+INSERTED = [
+    b"", b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\r", b"\r\n", b"\n", b"\n\n", b" ", b"\t", b"\xef\xbb\xbf",
+    b"\xe2\x80\xa8", b"\xc2\x85", b"\xc2\xa0", b"\x1c", b"9" * 30, b"9" * 5000, b"-1", b"1e999", b"NaN", b"null",
+    b"true", b'"', b"\\ud800", b"[", b"[" * 3000, b"{}", b",", b"\\", b"B-", b"I-x", b"../../etc/passwd", "٣".encode(),
+]  # fmt: skip
+CHANGES = 50  # random ones, of each dataset
+# The files that have one sample a line, and how many other lines each has. None of .csv, whose rows may have several.
+LINES = {
+    "snips": ("*/label", 0), "words": ("*/label", 0), "atis": ("atis.t*.query.csv", 0), "mtop": ("mtop/en/*", 0),
+    "slurp": ("1.0/data/*", 0), "mrpc": ("msr*.txt", 1), "cola": ("*.tsv", 0), "jsonl": ("*.jsonl", 0),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_damaged_files_are_refused(tmp_path, name):
-    """Every file of every dataset, damaged in every way or missing: one line that names it, or its folder."""
-    make_raw(tmp_path, name)
-    source, folder = find(name, tmp_path)
-    for path in [folder / file.path for file in FILES[name]]:
-        intact = path.read_bytes()
-        for damage in (*DAMAGE.values(), None):
+def changed(rng, raw):
+    """Return some bytes after a few random changes: lines go or change places, or bytes go or are put in."""
+    for _ in range(rng.integers(1, 4)):
+        lines = raw.split(b"\n")
+        if rng.random() < 0.3:
+            raw = b"\n".join(lines[i] for i in rng.permutation(len(lines))[rng.integers(2) :])
+        else:
+            at, n = rng.integers(len(raw) + 1), rng.choice([0, 1, 30, len(raw)])
+            raw = raw[:at] + [rng.bytes(n % 40), *INSERTED][rng.integers(len(INSERTED) + 1)] + raw[at + n :]
+    return raw
+
+
+def check(name, source, folder, tokenizer):
+    """Read a dataset. What comes out must be valid, and every line must be there."""
+    splits = source.reader(folder)
+    pattern, others = LINES.get(name.split()[0], ("*.tsv", 1))
+    lines = [path.read_bytes().removesuffix(b"\n").count(b"\n") + 1 - others for path in folder.glob(pattern)]
+    assert not lines or sum(lines) == sum(map(len, splits.values())), "rows were skipped silently"
+    expect(all(map(len, splits.values())), folder, "an empty split, which data.read refuses")
+    for samples in splits.values():
+        split = encode(samples, tokenizer, 128, {}, {})
+        assert len(split) == len(samples)
+        assert split.lengths.min() >= 2 and len(split.tokens) == split.lengths.sum()
+
+
+@pytest.mark.parametrize("name", [*RAW, *OWN])
+def test_damaged_files_are_valid_or_refused_in_one_line(tmp_path, tokenizer, name):
+    """Files of every dataset and every kind of a user's own, damaged in known ways, missing, or changed at random."""
+    if name in OWN:
+        source, folder = find(str(write(tmp_path, OWN[name][0])))
+    else:
+        make_raw(tmp_path, name)
+        source, folder = find(name, tmp_path)
+    check(name, source, folder, tokenizer)
+    rng, refused = np.random.default_rng(0), 0
+    files = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for path, raw in files.items() if name in RAW else ():
+        for damage in (*DAMAGE, None):
             path.unlink()
             if damage:
-                path.write_bytes(b"\n".join(damage(intact.removesuffix(b"\n").split(b"\n"))))
-            with one_line(DataError, str(path.parent)):
+                path.write_bytes(b"\n".join(damage(raw.removesuffix(b"\n").split(b"\n"))))
+            with one_line(str(path.parent)):
                 source.reader(folder)
-            path.write_bytes(intact)
+            path.write_bytes(raw)
+    for path, raw in [list(files.items())[i] for i in rng.integers(len(files), size=CHANGES)]:
+        path.write_bytes(changed(rng, raw))
+        try:
+            check(name, source, folder, tokenizer)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        path.write_bytes(raw)
+    assert refused > CHANGES // 10
 
 
 @pytest.mark.parametrize(("name", "file", "old", "new", "message"), [
-    ("snips", "train/seq.out", "B-", "b-", r"seq.out.*:\d+: tag 'b-\w+'"),
-    ("snips", "train/seq.out", "O O", "O", r"seq.out.*:\d+: \d words but \d tags"),
-    ("atis", "atis.train.slots.csv", "42 ", "9999 ", "slots.csv:1: "),
-    ("atis", "atis.train.query.csv", "0 ", "2 ", "query.*:1: BOS"),
+    ("snips", "train/seq.out", "B-", "b-", "seq.out.*:1: tag 'b-A'"),
+    ("snips", "train/seq.out", "O O", "O", "seq.out.*:2: 5 words but 4 tags"),
+    ("atis", "atis.train.slots.csv", "2 ", "9999 ", "slots.csv:1: "),
+    ("atis", "atis.train.query.csv", "0 2 ", "2 ", "query.*:1: BOS"),
     ("atis", "atis.train.intent.csv", "\n", " 1\n", "intent.*:1: 2 intents"),
     ("mtop", "mtop/en/eval.txt", "IN:", "", "eval.txt:1: .*IN:"),
     ("mtop", "mtop/en/eval.txt", ":SL:", ":", "eval.txt:1: slots"),
     ("mtop", "mtop/en/eval.txt", "\"start\": 0", "\"start\": \"0\"", "eval.txt:1: .*tokenSpans"),
     ("mtop", "mtop/en/eval.txt", "\"tokens\": [", "\"tokens\": [\"x\", ", "eval.txt:1: .*tokenSpans"),
-    ("mtop", "mtop/en/eval.txt", "\t9:15:", "\t9999:99999:", r"eval.txt:\d+: slot 9999"),
-    ("mtop", "mtop/en/eval.txt", "\t9:15:", "\t9:15:SL:x,9:15:", r"eval.txt:\d+: slot 9:15"),
+    ("mtop", "mtop/en/eval.txt", "\t6:13:", "\t9999:99999:", "eval.txt:1: slot 9999"),
+    ("mtop", "mtop/en/eval.txt", "\t6:13:", "\t6:13:SL:x,6:13:", "eval.txt:1: slot 6:13"),
     ("slurp", "1.0/data/en-US.jsonl", '"intent": "', '"intent": " ", "x": "', "jsonl:1: .*label ' '"),
     ("slurp", "1.0/data/en-US.jsonl", '"utt": "', '"utt": 5, "x": "', "jsonl:1: .*utt"),
     ("slurp", "1.0/data/en-US.jsonl", '"annot_utt": "', '"annot_utt": "[date : ] ', "jsonl:1: .*name : words"),
@@ -215,7 +258,7 @@ def test_damaged_files_are_refused(tmp_path, name):
     ("cola", "train.tsv", "\t0\t", "\t2\t", "train.tsv:1: label '2'"),
     ("rte", "dev.tsv", "\tentailment", "\t1", "dev.tsv:2: label '1'"),
     ("mnli", "train.tsv", "gold_label", "label", "train.tsv:2: .*gold_label"),
-    ("mrpc", "mrpc_dev_ids.tsv", "1120", "9999", "mrpc_dev_ids.tsv:1: no row"),
+    ("mrpc", "mrpc_dev_ids.tsv", "50", "99", "mrpc_dev_ids.tsv:.: no row"),
 ])  # fmt: skip
 def test_wrong_contents_are_refused(tmp_path, name, file, old, new, message):
     """What a reader relies on is checked: one short line says where it fails."""
@@ -224,5 +267,5 @@ def test_wrong_contents_are_refused(tmp_path, name, file, old, new, message):
     text = (folder / file).read_text(encoding="utf-8")
     assert old in text
     (folder / file).write_text(text.replace(old, new), encoding="utf-8")
-    with one_line(DataError, message):
+    with one_line(message):
         source.reader(folder)

@@ -1,16 +1,18 @@
 """The report compares only what is comparable, and it survives damaged rows."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write
+from conftest import ROOT, data_folder, write
 from scipy import stats
 
 import compare
-import data
 import report
 
 
@@ -50,14 +52,13 @@ def test_the_envelope_is_the_highest_line_between_runs_that_cost_no_more(seed):
     rng = np.random.default_rng(seed)
     costs = np.sort(rng.choice(np.arange(1, 20), size=rng.integers(1, 7), replace=False))
     means = rng.normal(size=len(costs))
-    corners = compare.envelope(list(zip(costs, means, means)))  # an arm is its own mean here
+    corners = compare.envelope(list(zip(costs, means, means)))
     best = np.maximum.accumulate(means)
     for cost in np.linspace(costs[0], costs[-1] + 3, 100):
-        got = sum(weight * mean for weight, mean in compare.at_cost(corners, cost))
         pairs = [(x, y, x1, y1) for x, y in zip(costs, best) for x1, y1 in zip(costs, best) if x < cost < x1]
         lines = [y + (cost - x) / (x1 - x) * (y1 - y) for x, y, x1, y1 in pairs]
-        assert got == pytest.approx(max([*lines, *best[costs <= cost]]))
-    assert compare.at_cost(corners, costs[0] - 0.1) == []  # never extrapolated below the smallest cost
+        wanted = max([*lines, *best[costs <= cost]])
+        assert np.interp(cost, *list(zip(*corners))[:2]) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -183,26 +184,23 @@ def test_a_folder_of_runs_is_read(tmp_path, capsys):
     assert "highest EL2N" in capsys.readouterr().out
 
 
-def test_text_cannot_break_out_of_a_table(tmp_path, capsys):
-    evil = "a | $b$\n| c\\| d\x1b[31m"
-    path = row_file(tmp_path, row("full", dataset=evil, clip=evil), row("full", dataset=evil, clip=1.0))
-    assert report.main([path, "--to", str(tmp_path / "to")]) == 0
-    for page in ("headline.md", "results.md"):
-        tables = [line for line in (tmp_path / "to" / page).read_text().splitlines() if line.startswith("|")]
-        cells = [line.replace("\\\\", "").replace("\\|", "").count("|") - 1 for line in tables]
-        assert set(cells) <= {2, 4, 11}
-    assert "\x1b" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("matplotlib", [True, False])
-def test_pages_are_written_and_a_picture_where_matplotlib_is_installed(tmp_path, monkeypatch, matplotlib):
+def test_pages_are_written_and_a_picture_where_matplotlib_is_installed(tmp_path, monkeypatch, capsys, matplotlib):
+    """No text can break out of its cell."""
     if not matplotlib:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-    rows = [*full(10, [90, 91]), *full(5, [80, 82]), row(), row(seed=1), row(keep=0.2, accuracy=10), row("infobatch")]
+    evil = "a | $b$\n| c\\| d\x1b[31m"
+    rows = [*full(10, [90, 91]), *full(5, [80, 82]), row(), row(seed=1), row(keep=0.2, accuracy=10), row(clip=evil)]
+    for one in rows:
+        one["args"]["dataset"] = evil
     assert report.main([row_file(tmp_path, *rows), "--to", str(tmp_path / "to")]) == 0
-    pictures = {"figure.svg", "figure.png"} if matplotlib else set()
-    assert {path.name for path in (tmp_path / "to").iterdir()} == {"headline.md", "results.md"} | pictures
-    assert ("figure.svg" in (tmp_path / "to" / "results.md").read_text()) == matplotlib
+    pages = {path.name: path for path in (tmp_path / "to").iterdir()}
+    assert pages.keys() == {"headline.md", "results.md"} | ({"figure.svg", "figure.png"} if matplotlib else set())
+    assert ("figure.svg" in pages["results.md"].read_text()) == matplotlib and "\x1b" not in capsys.readouterr().out
+    for page in ("headline.md", "results.md"):
+        lines = [line for line in pages[page].read_text().splitlines() if line.startswith("|")]
+        cells = [line.replace("\\\\", "").replace("\\|", "").count("|") - 1 for line in lines]
+        assert set(cells) <= {2, 4, 11}
 
 
 def test_a_report_needs_no_torch():
@@ -221,58 +219,40 @@ def test_committed_rows_are_whole_and_name_no_path(file, capsys):
 # ---- one run
 
 
-def configure(folder, args, digest=None):
-    """Write config.json of a run with these flags."""
-    digest = digest or data.digest(data.read(args["dataset"], None, args["max_train"]))
-    (folder / "config.json").write_text(json.dumps({"args": args, "data": digest}))
-
-
 @pytest.fixture
-def pruned(tmp_path):
-    """Return the folder of a run on a small dataset of the user's, and its flags. Sample i has the score -i."""
-    folder = tmp_path / "a run"
-    for split, n in (("train", 40), ("dev", 2)):
-        lines = {"seq.in": "play | song{}", "seq.out": "O O B-song", "label": "Play{}"}
-        write(tmp_path / "mine" / split, {name: map(line.format, range(n)) for name, line in lines.items()})
-    (folder / "rounds").mkdir(parents=True)
-    args = {"dataset": str(tmp_path / "mine"), "data_dir": None, "method": "el2n", "max_train": None}
-    configure(folder, args)
-    np.savez(folder / "rounds" / "epoch-003.npz", scores=np.arange(40))
-    np.savez(folder / "rounds" / "epoch-004.npz", scores=-np.arange(40))
-    return folder, args
+def pruned(whole, tmp_path):
+    """Return a copy of a run's folder. At the last selection, sample i got the score -i."""
+    folder = Path(shutil.copytree(whole("--max-train", 40, "--no-model"), tmp_path / "run"))
+    np.savez(folder / "rounds" / "epoch-009.npz", scores=-np.arange(40))
+    return folder
 
 
-def test_the_highest_scores_are_shown_in_words(pruned, tmp_path, capsys):
-    """They are those of the last selection."""
-    assert report.main([str(pruned[0]), "--errors", "3", "--to", str(tmp_path / "to")]) == 0
-    for i, line in enumerate(capsys.readouterr().out.splitlines()[-3:]):
-        assert line.split()[0] == str(i) and line.endswith(f"play | [song{i}: B-song]") and f"Play{i} " in line
+def test_the_highest_scores_are_shown_in_words(pruned, tiny, tmp_path, capsys):
+    """They are those of the last selection. Rows are those of the user's file, also under --max-train."""
+    assert report.main([str(pruned), "--errors", "40", "--to", str(tmp_path / "to")]) == 0
+    files = [(data_folder(tiny) / "train" / name).read_text().splitlines() for name in ("seq.in", "seq.out", "label")]
+    lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()[-40:]]
+    assert [float(score) for _, score, _, _ in lines] == [-i for i in range(40)]
+    for row, _, label, text in lines:
+        pairs = re.findall(r"\[(\S+): (\S+)\]|(\S+)", text)
+        words, tags = [word or plain for word, _, plain in pairs], [tag or "O" for _, tag, _ in pairs]
+        assert [" ".join(words), " ".join(tags), label] == [file[int(row)] for file in files]
+    assert len({row for row, *_ in lines}) == 40
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"likely_errors.md"}
 
 
-def test_rows_are_those_of_the_users_file_under_max_train(pruned, capsys):
-    folder, args = pruned
-    configure(folder, {**args, "max_train": 10})
-    np.savez(folder / "rounds" / "epoch-009.npz", scores=np.arange(10))
-    assert report.main([str(folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()[-10:]
-    assert all(f"song{line.split()[0]}: " in line for line in lines) and len({line.split()[0] for line in lines}) == 10
-
-
-@pytest.mark.parametrize(("change", "digest"), [
-    ({"method": "random"}, None), ({"max_train": 10}, None), ({"dataset": "absent"}, "any"), ({}, "of other samples"),
-])  # fmt: skip
-def test_scores_that_say_nothing_are_refused_in_one_line(pruned, capsys, change, digest):
-    folder, args = pruned
-    configure(folder, {**args, **change}, digest)
-    assert report.main([str(folder)]) == 2
+@pytest.mark.parametrize("change", [{"method": "random"}, {"max_train": 10}, {"dataset": "absent"}])
+def test_scores_that_say_nothing_are_refused_in_one_line(pruned, capsys, change):
+    """Random ones, those of other samples, and those of data that are gone."""
+    facts = json.loads((pruned / "config.json").read_text())
+    facts["args"] |= change
+    write(pruned, {"config.json": json.dumps(facts)})
+    assert report.main([str(pruned)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_damaged_selection_and_a_run_without_any_are_refused_in_one_line(pruned, capsys):
-    for path in sorted(pruned[0].glob("rounds/*"), reverse=True):
-        path.write_bytes(b"PK damaged")
-        assert report.main([str(pruned[0])]) == 2
-        path.unlink()
-    assert report.main([str(pruned[0])]) == 2
-    assert capsys.readouterr().err.count("\n") == 3
+    for damage in (lambda path: path.write_bytes(b"PK damaged"), lambda _: shutil.rmtree(pruned / "rounds")):
+        damage(pruned / "rounds" / "epoch-009.npz")
+        assert report.main([str(pruned)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
