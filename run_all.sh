@@ -13,18 +13,17 @@ set -euo pipefail
 cd "$(dirname "$0")"
 case " $* " in *" --lr"*) echo "run_all.sh: set RATES=… instead of --lr" >&2; exit 2 ;; esac
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
-out=${OUT:-runs/all} datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte} seeds=${SEEDS:-0 1 2} E=10
+out=${OUT:-runs/all${MODEL:+-${MODEL##*/}}} datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte} seeds=${SEEDS:-0 1 2} E=10
 if [ "${SMOKE:-}" ]; then
     out=${OUT:-runs/smoke} datasets=${DATASETS:-demo} seeds=${SEEDS:-0} RATES=${RATES:-2e-4} E=5
     set -- --max-train 128 --batch-size 16 "$@"
 elif [ "${PAPER:-}" ]; then
     out=${OUT:-runs/paper} seeds=${SEEDS:-0 1 2 3 4} MODEL=${MODEL:-roberta-base} RATES=${RATES:-2e-5}
-    set -- --schedule constant --clip 0.03125 "$@" # the paper clips a batch's sum of losses, we its mean of 32
 fi
 always=(--no-model --resume "$@") failed=0
 
 run() { # run FLAGS…: one run. A failure does not keep the next run from starting.
-    local command=(python train.py --dataset "$dataset" "$@" ${MODEL:+--model "$MODEL"} "${always[@]}") status=0
+    local command=(python train.py --dataset "$dataset" $paper "$@" ${MODEL:+--model "$MODEL"} "${always[@]}") status=0
     if [ "$list" ]; then printf '%q ' "${command[@]}"; echo; return; fi
     "${command[@]}" || status=$?
     if [ $status = 130 ] || [ $status = 143 ]; then exit $status; fi # interrupted
@@ -46,17 +45,20 @@ arm() { # arm NAME FLAGS…: the runs of one arm.
 }
 
 for dataset in $datasets; do
-    epochs=$E tau= cycle= smooth= glue= rates=${RATES:-2e-4 4e-4}
+    epochs=$E tau= cycle= glue= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
     case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) glue=1 rates=${RATES:-1e-4 2e-4} ;; esac
-    if [ "${PAPER:-}" ] && [ $glue ]; then smooth="--ema 1"; fi
-    if [ "${PAPER:-}" ] && [ ! $glue ]; then epochs=40 tau="--full-epochs 4" cycle="--cycle 4"; fi
+    if [ "${PAPER:-}" ] && [ ! $glue ]; then # for joint tasks, the paper clips a batch's sum of losses, we its mean of 32
+        epochs=40 tau="--full-epochs 4" cycle="--cycle 4" paper="$paper --clip 0.03125"
+    fi
 
     for fewer in $epochs $((epochs * 7 / 10)) $((epochs / 2)) $((epochs * 3 / 10)); do
         arm full-$fewer --method full --epochs $fewer # full data, and the equal-time baseline: fewer epochs
+        if [ "${PAPER:-}" ]; then arm full-linear-$fewer --method full --epochs $fewer --schedule linear; fi
     done
     for keep in 0.5 0.2; do
-        arm highest-$keep --keep $keep --epochs $epochs $tau $cycle $smooth  # the paper's method
+        arm highest-$keep --keep $keep --epochs $epochs $tau $cycle  # the paper's method
         arm random-$keep --method random --keep $keep --epochs $epochs $tau $cycle  # its control
+        arm random-anew-$keep --method random --keep $keep --epochs $epochs $tau --cycle 1  # the control of sampling
     done
     for keep in 0.5 0.3 0.2; do # ours: drawn in proportion to EL2N, anew every epoch, without a scoring pass
         arm sampled-$keep --sample --keep $keep --epochs $epochs $tau
@@ -70,7 +72,6 @@ for dataset in $datasets; do
         done
         arm stratified-$keep --stratify --keep $keep --epochs $epochs $tau $cycle
         arm static-$keep --selection static --keep $keep --epochs $epochs $tau
-        arm static-random-$keep --selection static --method random --keep $keep --epochs $epochs
     done
 done
 

@@ -199,7 +199,10 @@ def test_half_an_environment_of_torchrun_is_refused(command, monkeypatch, capsys
 
 
 def test_imports_run_one_way_and_none_is_of_unix_alone():
-    """errors ← distributed ← data ← engine ← encoders ← models ← scoring ← flags ← train. The others know nothing of models."""
+    """errors ← distributed ← data ← engine ← encoders ← models ← scoring ← flags ← train.
+
+    pruning, metrics and runs know nothing of models.
+    """
     order = ["errors", "distributed", "data", "engine", "encoders", "models", "scoring", "flags", "train"]
     allowed = {name: set(order[: i + 1]) for i, name in enumerate(order)}
     allowed["train"] |= {"pruning", "metrics", "runs"}
