@@ -133,6 +133,7 @@ def full_table(task, letters, wide):
     table = [head + ["other metrics"] * wide]
     for arm in task.arms:
         rows, times = list(arm.rows.values()), [100 * cost / task.full.cost for cost in arm.costs if task.full]
+        times = times[:1] if arm.full else times  # a number of epochs has no deviation
         where = sorted({letters[row["machine"]] for row in rows})
         seconds = plus_minus([row["seconds"]["total"] for row in rows], 0) if len(where) == 1 else ""
         others = [f"{name} {mean(row['metrics'][name] for row in rows):.2f}" for name in rows[0]["metrics"]

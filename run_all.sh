@@ -45,7 +45,7 @@ arm() { # arm NAME FLAGS…: the runs of one arm.
 }
 
 for dataset in $datasets; do
-    epochs=$E tau= cycle= glue= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
+    dataset=${dataset%/} epochs=$E tau= cycle= glue= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
     case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) glue=1 rates=${RATES:-1e-4 2e-4} ;; esac
     if [ "${PAPER:-}" ] && [ ! $glue ]; then # for joint tasks, the paper clips a batch's sum of losses, we its mean of 32
         epochs=40 tau="--full-epochs 4" cycle="--cycle 4" paper="$paper --clip 0.03125"

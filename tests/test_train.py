@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import (  # isort: skip
     GPU, ROOT, assert_same_run, data_folder, ended, free_port, log_of, only_folder, refused, rounds_of, row_of,
 )  # fmt: skip
 
+import runs
 import scoring
 import train
 from data import load, load_tokenizer
@@ -46,6 +48,11 @@ def test_a_run_leaves_what_the_readme_says(run, capsys):
     assert evaluate(data, "test", *predictions(model, data.evaluation["test"])) == row["test"]
     exec(re.search(r"from models import NLUModel; .*", capsys.readouterr().out)[0])
     assert re.fullmatch("data-[0-9a-f]{6}", row["args"]["dataset"]) and not re.search(r'"(/|[A-Z]:)', json.dumps(row))
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not tell")
+def test_a_row_tells_machines_of_one_name_apart():
+    assert re.search(r", family \w+, model \w+, stepping \w+$", runs.environment("cpu")["cpu"])
 
 
 def test_the_phases_add_up_to_the_wall_time(run):
