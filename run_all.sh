@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Make the main results: each `arm …` is one line of the tables. Finished runs are skipped. Stopped runs go on.
-#
 #   bash run_all.sh                  all runs, one after the other, then the report
 #   bash run_all.sh --list           the commands only, one a line: … --list | xargs -d '\n' -n 1 -P 4 bash -c
 #   SMOKE=1 bash run_all.sh          every arm on 128 samples of demo, in minutes
@@ -13,7 +12,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 case " $* " in *" --lr"*) echo "run_all.sh: set RATES=… instead of --lr" >&2; exit 2 ;; esac
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
-out=${OUT:-runs/all${MODEL:+-${MODEL##*/}}} datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte} seeds=${SEEDS:-0 1 2} E=10
+out=${OUT:-runs/all${MODEL:+-${MODEL##*/}}} seeds=${SEEDS:-0 1 2} E=10
+datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte}
 if [ "${SMOKE:-}" ]; then
     out=${OUT:-runs/smoke} datasets=${DATASETS:-demo} seeds=${SEEDS:-0} RATES=${RATES:-2e-4} E=5
     set -- --max-train 128 --batch-size 16 "$@"
@@ -47,7 +47,7 @@ arm() { # arm NAME FLAGS…: the runs of one arm.
 for dataset in $datasets; do
     dataset=${dataset%/} epochs=$E tau= cycle= glue= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
     case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) glue=1 rates=${RATES:-1e-4 2e-4} ;; esac
-    if [ "${PAPER:-}" ] && [ ! $glue ]; then # for joint tasks, the paper clips a batch's sum of losses, we its mean of 32
+    if [ "${PAPER:-}" ] && [ ! $glue ]; then # the paper clips the sum of a batch's losses, we clip their mean
         epochs=40 tau="--full-epochs 4" cycle="--cycle 4" paper="$paper --clip 0.03125"
     fi
 

@@ -138,7 +138,7 @@ def fine_tune(args, clock, start):
     with clock("load"):
         run = Run(args, clock)
         if run.finished:
-            print(f"{run.folder}/ is finished; remove it to train again")
+            print(f"{run.folder}/ is finished; remove it to train again, also where the data has changed")
             return
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train, args.tune)
