@@ -54,7 +54,7 @@ def completed(row):
     """Return a row with values derived from it. Raise an error where something is missing or makes no sense.
 
     metrics: on test, or on dev where there is no test split; the methods are compared by `metric`. cost: in own full
-    epochs, or None where the run had no full epoch.
+    epochs, or None where the run had no full epoch. tokens: trained on, in full epochs.
     """
     args, split, facts = row["args"], "test" if "test" in row else "dev", row["environment"]
     metrics = {**row[split], **{f"{name} (mismatched)": value for name, value in row.get("dev_mismatched", {}).items()}}
@@ -71,7 +71,9 @@ def completed(row):
     machine = f"{processor}, threads {facts.get('threads')}, processes {facts.get('processes')}"
     machine += f", {args.get('precision')}"
     cost = args["epochs"] if args["method"] == "full" else epoch and total / epoch
-    return {**row, "metrics": metrics, "metric": metric, "split": split, "cost": cost, "machine": machine}
+    tokens = args["epochs"] * row["tokens_seen"] / row["tokens_full"]
+    derived = {"metrics": metrics, "metric": metric, "split": split, "machine": machine}
+    return {**row, **derived, "cost": cost, "tokens": tokens}
 
 
 # ---- arms and tasks
@@ -80,6 +82,8 @@ def completed(row):
 def method_name(args):
     """Return a method and how it selects, in words."""
     words = ["static"] if args.get("selection") == "static" else []
+    if args["method"] == "random" and args.get("cycle") == 1 and not words:
+        return "random each epoch"
     known = {"stratify": "stratified", "sample": "sampled"}
     on = [flag for flag, value in args.items() if value is True and flag not in TASK]
     words += [known.get(flag, flag.replace("_", "-")) for flag in on]
@@ -112,7 +116,7 @@ class Arm:
         self.cost = mean(costs) if self.costs else None
         self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
         self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
-        self.order = not self.full, soft, -keep, self.name != "random", self.name, -self.epochs, args["lr"]
+        self.order = not self.full, soft, -keep, args["method"] != "random", self.name, -self.epochs, args["lr"]
         if len(rows) > len(self.rows):
             what = clean(f"{args['dataset']}, {self.name}, keep {self.keep}, {self.epochs} epochs")
             print(f"warning: {what}: {len(rows)} runs with {len(self.rows)} seeds; the last of a seed counts",
@@ -157,9 +161,9 @@ class Task:
         return [arm.accuracy[seed] - self.full.accuracy[seed] for seed in sorted(arm.rows) if seed in self.full.rows]
 
     def to_equal_time(self, arm):
-        """Return an arm's points above full data in the same time, one for each seed that all of the arms have.
+        """Return an arm's points above full data in the same time. There is one for each seed that both have.
 
-        It is empty without a cost, and below the smallest cost on full data.
+        There is none without a cost, and below the smallest cost on full data.
         """
         costs = [cost for cost, _, _ in self.corners]
         if arm.full or not arm.cost or not costs or arm.cost < costs[0]:

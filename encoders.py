@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from data import pretrained
+from data import Batch, pretrained
 from engine import first_position
 from errors import UserError, expect, one_line
 
@@ -44,15 +44,24 @@ def check_model(model, data, name, precision):
     longest, limit = max(split.lengths.max() for split in splits), max_tokens(encoder, model.tokenizer)
     expect(longest <= limit, flag, f"takes at most {limit} tokens, but {data.name} has a sample of {longest}; add "
            f"--max-length {limit} to cut longer samples off")
-    lengths = data.train.lengths
     try:
-        sees_last_token = try_batch(model, data.train.batch(np.array([lengths.argmax(), lengths.argmin()])), precision)
+        sees_last_token = try_batch(model, padded_pair(data.train), precision)
     except Exception as error:  # whatever a foreign encoder raises
         advice = "take another model" if precision == "fp32" else "try --precision fp32, or another model"
         message = f"the encoder fails on a first batch in {precision} ({one_line(error)}); {advice}"
         raise UserError(f"{flag}: {message}") from None
     expect(sees_last_token, flag, "its first token does not see the last one, as in a causal decoder; take an encoder "
            "such as BERT or RoBERTa")
+
+
+def padded_pair(split):
+    """Return the longest and the shortest sample of a split as a Batch with padding, of at most 16 tokens."""
+    batch = split.batch(np.array([split.lengths.argmax(), split.lengths.argmin()]))
+    tokens = batch.tokens[:, :16].clone()
+    mask = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask[:, :16].clone()
+    mask[1, -1], tokens[1, -1] = False, split.pad
+    types, tags = (None if array is None else array[:, :16] for array in (batch.types, batch.tags))
+    return Batch(batch.indices, tokens, types, mask, batch.labels, tags)
 
 
 def try_batch(model, batch, precision):

@@ -175,7 +175,7 @@ def parse(argv, description):
         *((flag, "--selection static") for flag in ["cycle"] if static),
         *((flag, "a single random selection") for flag in ["full_epochs"] if static and args.method == "random"),
         *((flag, "--sample") for flag in ("offset", "stratify") if args.sample),
-        *((flag, "--ema 1, which averages nothing") for flag in ["std_weight"] if args.ema == 1),
+        *((flag, "--ema 1 (by default or given), which averages nothing") for flag in ["std_weight"] if args.ema == 1),
     ]
     for flag, other in without_effect:
         if flag in given:

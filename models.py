@@ -133,7 +133,7 @@ def infer(model, split, batch_list):
 
 
 def predictions(model, split, tokens=None):
-    """Return the most probable label of each sample, (N,) int64, and the tags of its words, a list of int64 arrays.
+    """Return the most probable label of each sample, (N,) int64, and a list of the tags of its words, int64 arrays.
 
     Both are in dataset order. Words that were cut off have no tag, so an array may be shorter than its utterance.
     Without slots the arrays are empty. tokens: as in sorted_batches.

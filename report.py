@@ -25,9 +25,9 @@ A line is one method with one setting, and n counts its seeds. The metric and th
 over seeds. A run counts time in its own full epochs, and tokens in those of full data. The tokens do not depend on the
 machine, but leave scoring out. "To full data" is the difference to full data for the most epochs. "To equal time" is
 the difference to full data for fewer epochs at the same cost. Both are in points and paired by seed. From 3 seeds on,
-they have 95 % intervals. For each number of epochs, full data has the learning rate that is best on dev, of the rates
-that were run. The equal-time curve is the upper concave envelope of these runs, and it never falls. Letters name
-machines; seconds compare only within one."""
+they have 95 % intervals. For each number of epochs on full data, the run with the best dev result counts. The
+equal-time curve is the upper concave envelope of these runs, and it never falls. Letters name machines; seconds compare
+only within one."""
 LEGEND = """\
 Time is in percent of full data. Highest EL2N is the paper's method, sampled EL2N is `--sample`, and n counts seeds. Of
 several settings of a method, the table has the one that is best on dev."""
@@ -136,8 +136,7 @@ def full_table(task, letters, wide):
     for arm in task.arms:
         rows, times = list(arm.rows.values()), [100 * cost / task.full.cost for cost in arm.costs if task.full]
         times = times[:1] if arm.full else times  # a number of epochs has no deviation
-        seen = [row["tokens_seen"] / row["tokens_full"] for row in rows if row.get("tokens_full")]
-        tokens = f"{100 * mean(seen) * arm.epochs / task.full.epochs:.1f} %" if seen and task.full else "–"
+        tokens = f"{100 * mean(row['tokens'] for row in rows) / task.full.epochs:.1f} %" if task.full else "–"
         where = sorted({letters[row["machine"]] for row in rows})
         seconds = plus_minus([row["seconds"]["total"] for row in rows], 0) if len(where) == 1 else ""
         others = [f"{name} {mean(row['metrics'][name] for row in rows):.2f}" for name in rows[0]["metrics"]
@@ -158,7 +157,7 @@ def full_page(found, arms, wide):
     if len(means := over_datasets(found, arms)) > 1:
         blocks += ["## Mean over datasets", "Each dataset counts as one value.", means]
     for task in found:
-        steps = [f"{arm.epochs} (lr {arm.args['lr']:g})" for arm in reversed(task.baselines)]
+        steps = [f"{arm.epochs} (lr {arm.args['lr']:g}{task.extras(arm)})" for arm in reversed(task.baselines)]
         text = f"Epochs on full data for equal time: {', '.join(steps) or 'none'}."
         gains = [task.to_full(arm) for arm in task.arms if not arm.full]
         if spreads := [deviation(values) for values in gains if len(values) > 1]:

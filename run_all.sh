@@ -3,7 +3,7 @@
 #   bash run_all.sh                  all runs, one after the other, then the report
 #   bash run_all.sh --list           the commands only, one a line: … --list | xargs -d '\n' -n 1 -P 4 bash -c
 #   SMOKE=1 bash run_all.sh          every arm on 128 samples of demo, in minutes
-#   PAPER=1 bash run_all.sh          the paper's setting: RoBERTa-base, 40 epochs (GLUE: 10), constant rate, five seeds
+#   PAPER=1 bash run_all.sh          the paper's setting: RoBERTa-base, 40 epochs (GLUE: 10), constant rate, 5 seeds
 #   DATASETS="atis snips" SEEDS=0 RATES=3e-5 MODEL=roberta-base OUT=runs/mine bash run_all.sh --batch-size 16
 #
 # Flags at the end go to every run. The first seed tries two learning rates, and the other seeds take the better one on
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 case " $* " in *" --lr"*) echo "run_all.sh: set RATES=… instead of --lr" >&2; exit 2 ;; esac
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
-out=${OUT:-runs/all${MODEL:+-${MODEL##*/}}} seeds=${SEEDS:-0 1 2} E=10
+out=${OUT:-runs/all${MODEL:+-$(basename "$MODEL")}} seeds=${SEEDS:-0 1 2} E=10
 datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte}
 if [ "${SMOKE:-}" ]; then
     out=${OUT:-runs/smoke} datasets=${DATASETS:-demo} seeds=${SEEDS:-0} RATES=${RATES:-2e-4} E=5

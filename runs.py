@@ -158,8 +158,7 @@ class Run:
         self.check_finite(all_reduce_sum(self.loss) + 0 * state["optimizer"]["master"].sum())
         seconds = {phase: round(s, 4) for phase, s in (self.clock.seconds - self.before).items() if phase != "load"}
         line = {"epoch": len(self.log) + 1, "kept": len(kept), "tokens": int(self.data.train.lengths[kept].sum()),
-                "loss": self.loss.item() / len(kept), "dev": dev,
-                "seconds": seconds}  # fmt: skip
+                "loss": self.loss.item() / len(kept), "dev": dev, "seconds": seconds}  # fmt: skip
         self.log, self.before = [*self.log, line], self.clock.seconds.copy()
         with written(self.folder / "epochs.jsonl") as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in self.log))
@@ -230,7 +229,6 @@ def written(path):
 
 def environment(device):
     """Return what a reader needs to judge a timing: code version, package versions and machine, as plain values."""
-
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()

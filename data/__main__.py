@@ -25,11 +25,14 @@ def main(argv=None):
         for name in names or DATASETS:
             source, path = find(name)
             here = "generated" if path is None else "no" if download.absent(path, FILES.get(name, ())) else path
-            task, rows = "classification" if source.metrics else "intent, slots", " / ".join(map(str, source.rows))
+            task, rows = "classification" if source.classifies else "intent, slots", " / ".join(map(str, source.rows))
             print(f"{name:<6} {task:<14}  {rows:<22}  {source.licence:<20}  on disk: {here}")
-    except (UserError, KeyboardInterrupt) as error:
-        print(f"python -m data: {error or 'interrupted'}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
+    except UserError as error:
+        print(f"python -m data: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("python -m data: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

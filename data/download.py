@@ -68,8 +68,8 @@ def fetch(name, source, folder, files):
                 (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(scratch) / file.path, folder / file.path)
     except (UserError, OSError) as error:
-        raise UserError(f"{name}: {one_line(error)}; put {paths} into {folder} by hand, or name the folder that has "
-                        "all datasets with --data-dir or DATA_DIR") from None
+        raise UserError(f"{name}: {one_line(error)}; put {paths} into {folder} by hand, or set DATA_DIR to the "
+                        "folder that has all datasets") from None
     finally:
         socket.setdefaulttimeout(timeout)
 

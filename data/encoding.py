@@ -48,7 +48,7 @@ def load_tokenizer(name):
 
     Byte-level BPE knows the start of a word by the blank before it. Single words get this blank, too.
     """
-    tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True)
+    tokenizer = pretrained(AutoTokenizer, name, add_prefix_space=True, truncation_side="right")
     usable = tokenizer.is_fast and tokenizer.pad_token_id is not None
     expect(usable, f"--model {name}", "no fast tokenizer with a padding token; take another model")
     made_up = len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)  # by transformers, without files
@@ -193,4 +193,7 @@ def dropped_words(samples, tokenizer):
     """Return {word: unknown token} of the words that the tokenizer drops, such as control characters."""
     words = sorted({word for sample in samples for word in sample.text})
     pieces = tokenizer([[word] for word in words], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return {word: tokenizer.unk_token for word, ids in zip(words, pieces) if not ids and tokenizer.unk_token}
+    dropped = [word for word, ids in zip(words, pieces) if not ids]
+    expect(tokenizer.unk_token or not dropped, f"--model {tokenizer.name_or_path}",
+           f"its tokenizer drops {dropped[:3]} and has no unknown token; choose another model for intents and slots")
+    return dict.fromkeys(dropped, tokenizer.unk_token)

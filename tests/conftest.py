@@ -104,7 +104,7 @@ def write(folder, files):
 
 
 @contextmanager
-def one_line(message=".", error=UserError):
+def refused_with(message=".", error=UserError):
     """Expect an error of one short line that matches `message`."""
     with pytest.raises(error, match=message) as caught:
         yield

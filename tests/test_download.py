@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import make_raw, one_line, write
+from conftest import make_raw, refused_with, write
 
 import data
 import data.__main__
@@ -95,7 +95,7 @@ def tarred(members):
 def test_a_transfer_that_fails_leaves_nothing_and_says_what_to_do(upstream, asked, folder, answer):
     """A broken or changed file never looks like data. The message names the address, the files and the folder."""
     files = [upstream("first.txt", b"fine", right=b"fine"), upstream("b.txt", answer)]
-    with one_line(rf"{files[1].urls[0]} .*first.txt, b.txt into {folder} .*--data-dir"):
+    with refused_with(rf"{files[1].urls[0]} .*first.txt, b.txt into {folder} .*DATA_DIR"):
         fetch(folder, files)
     assert left(folder) == [] and asked.count(files[1].urls[0]) == download.ROUNDS
 
@@ -111,10 +111,10 @@ def test_a_failed_transfer_is_tried_again_and_elsewhere(upstream, asked, folder,
 
 def test_offline_and_silent_servers_are_given_up(folder, monkeypatch):
     """A run on a machine without a network ends in one line, and soon."""
-    with one_line(r"127.0.0.1:9/x .*refused"):
+    with refused_with(r"127.0.0.1:9/x .*refused"):
         fetch(folder, [download.File("x", "", ["http://127.0.0.1:9/x"])])
     monkeypatch.setattr(download, "TIMEOUT", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent, one_line("timed out"):
+    with socket.create_server(("127.0.0.1", 0)) as silent, refused_with("timed out"):
         fetch(folder, [download.File("x", "", [f"http://127.0.0.1:{silent.getsockname()[1]}/x"])])
 
 
@@ -134,7 +134,7 @@ def test_of_an_archive_only_named_members_are_taken(upstream, asked, folder, kin
 ])  # fmt: skip
 def test_an_archive_without_an_intact_member_is_refused(upstream, folder, body):
     """Also where its hash is right."""
-    with one_line(r"m\.txt"):
+    with refused_with(r"m\.txt"):
         fetch(folder, [upstream("m.txt", body, right=body, member="m.txt")])
     assert left(folder) == []
 
@@ -142,7 +142,7 @@ def test_an_archive_without_an_intact_member_is_refused(upstream, folder, body):
 @pytest.mark.parametrize("folder", ["/proc/nope", __file__])
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(upstream, asked, folder):
     """No traceback, and no transfer."""
-    with one_line(folder):
+    with refused_with(folder):
         fetch(folder, [upstream("b.txt", PAYLOAD)])
     assert asked == []
 
@@ -199,10 +199,10 @@ def test_glue_archives_that_were_zipped_again_are_accepted_by_their_rows(publish
     assert len(data.read("rte", folder)["train"]) == 8
     assert "warning: " in capsys.readouterr().err
     published("cola", (9, 6), right=b"before")
-    with one_line(r"cola: .*\(8, 6\) .*\(9, 6\)"):
+    with refused_with(r"cola: .*\(8, 6\) .*\(9, 6\)"):
         data.read("cola", folder)
     published("mrpc", (8, 6), right=b"before")
-    with one_line("sha256"):
+    with refused_with("sha256"):
         data.read("mrpc", folder)
     assert left(folder) == ["glue/RTE/dev.tsv", "glue/RTE/train.tsv"]
 
@@ -215,7 +215,9 @@ def test_the_command_lists_and_fetches(published, folder, monkeypatch, capsys):
         assert data.__main__.main(names) == 0
         assert re.search(rf"^cola .* {where}$", capsys.readouterr().out, re.M)
     assert data.__main__.main(["nope"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(data.__main__, "fetch", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert data.__main__.main(["cola"]) == 130
+    assert re.fullmatch("python -m data: error: .*\npython -m data: interrupted\n", capsys.readouterr().err)
 
 
 def test_every_file_has_an_address_and_its_right_hash(raw):

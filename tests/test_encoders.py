@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import refused_with
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -130,7 +130,7 @@ def test_an_encoder_that_cannot_work_is_refused_in_one_line(build, tiny, kind, f
     tokenizer.add_special_tokens({"pad_token": tokenizer.pad_token})
     folder = build(kind, tokenizer, **({"vocab_size": len(tokenizer) - 1} if "pad" in flags else flags))
     tokenizer = load_tokenizer(folder)
-    with one_line(f"--model {folder}"):
+    with refused_with(f"--model {folder}"):
         build_model(folder, tokenizer, dataset(tokenizer, TASKS[task]), 0, precision)
 
 
@@ -139,7 +139,7 @@ def test_an_encoder_with_weights_missing_is_refused(build, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with one_line(r"layer\.1\.output\.dense\.weight"):
+    with refused_with(r"layer\.1\.output\.dense\.weight"):
         load_encoder(str(folder))
 
 
@@ -148,7 +148,7 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tiny, tmp_path, load):
     """With a right config.json alone, transformers would make up a tokenizer to which every word is unknown."""
     for content in ("{", '{"model_type": "no-such-model"}', "[]", Path(tiny, "config.json").read_text()):
         (tmp_path / "config.json").write_text(content)
-        with one_line():
+        with refused_with():
             load(str(tmp_path))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import one_line
+from conftest import refused_with
 from torch.nn import functional as F
 
 from data import IGNORE, Sample, encode, load_tokenizer
@@ -90,7 +90,7 @@ def test_what_cannot_be_loaded_or_saved_is_refused_in_one_line(model, tmp_path):
     model.save(tmp_path)
     for content in ("", "[]", '{"labels": "x", "tags": []}', '{"labels": [1], "tags": []}', "\xff"):
         (tmp_path / "labels.json").write_text(content, encoding="latin-1")
-        with one_line():
+        with refused_with():
             NLUModel.load(tmp_path)
-    with one_line(error=OSError):
+    with refused_with(error=OSError):
         model.save(tmp_path / "labels.json" / "model")

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import RAW, ROWS, TIMES, make_raw, one_line, write
+from conftest import RAW, ROWS, TIMES, make_raw, refused_with, write
 
 from data import FILES, encode, find, load
 from data.readers import read_own
@@ -152,14 +152,14 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train/seq.in": "a"}, "train/seq.out: No such file"),
 ])  # fmt: skip
 def test_own_data_that_is_off_is_refused_with_file_and_line(tmp_path, files, message):
-    with one_line(message):
+    with refused_with(message):
         read_own(write(tmp_path, files))
 
 
 def test_a_link_to_nowhere_is_not_taken_for_a_split_that_is_not_there(tmp_path):
     """A dev set that cannot be read must not be replaced by a part of train."""
     (write(tmp_path, {"train.tsv": TABLE}) / "dev.tsv").symlink_to(tmp_path / "gone")
-    with one_line(r"dev.tsv: No such file"):
+    with refused_with(r"dev.tsv: No such file"):
         read_own(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_damaged_files_are_valid_or_refused_in_one_line(tmp_path, tokenizer, nam
             path.unlink()
             if damage:
                 path.write_bytes(b"\n".join(damage(raw.removesuffix(b"\n").split(b"\n"))))
-            with one_line(str(path.parent)):
+            with refused_with(str(path.parent)):
                 source.reader(folder)
             path.write_bytes(raw)
     for path, raw in [list(files.items())[i] for i in rng.integers(len(files), size=CHANGES)]:
@@ -267,5 +267,5 @@ def test_wrong_contents_are_refused(tmp_path, name, file, old, new, message):
     text = (folder / file).read_text(encoding="utf-8")
     assert old in text
     (folder / file).write_text(text.replace(old, new), encoding="utf-8")
-    with one_line(message):
+    with refused_with(message):
         source.reader(folder)

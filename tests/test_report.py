@@ -23,7 +23,7 @@ def row(method="el2n", seed=0, accuracy=90.0, cost=6.0, dev=None, **args):
     return {
         "args": {"dataset": "d", "model": "m", "method": method, "epochs": 10, "lr": 1e-4, "seed": seed, **args},
         "environment": {"device": "cpu", "cpu": "a processor", "threads": 2, "processes": 1},
-        "seconds": {"total": 10 * cost}, "full_epoch_seconds": 10,
+        "seconds": {"total": 10 * cost}, "full_epoch_seconds": 10, "tokens_seen": 64, "tokens_full": 100,
         "dev": {"intent_acc": 99.0, "frame_acc": accuracy if dev is None else dev},
         "test": {"intent_acc": 98.0, "frame_acc": accuracy},
     }  # fmt: skip
@@ -76,7 +76,8 @@ def test_differences_are_paired_by_seed():
     task, arm = only(rows)
     assert task.to_full(arm) == [2, 1]  # seeds 0 and 2
     assert report.gain(task.to_full(arm), 3).endswith("(n 2)")
-    assert report.gain([1.0], 1) == "+1.00"  # one value has no interval
+    assert report.gain([1.0, 2.0], 2) == "+1.50"  # two values have no interval
+    assert report.gain([1.0, 2.0, 3.0], 3) == "+2.00 [-0.48, +4.48]"
 
 
 @pytest.mark.parametrize(("rows", "gains"), [
@@ -84,6 +85,7 @@ def test_differences_are_paired_by_seed():
      [89 - 84, 93 - 91.6]),  # in the mean at 7 epochs: 0.6 and 0.4 of the two baselines, for every seed
     ([*full(10, [88]), *full(5, [90]), *full(3, [80]), row(accuracy=91, cost=7)], [1]),  # the curve never falls
     ([*full(10, [90]), *full(5, [80]), row(cost=4)], []),  # and is not extrapolated
+    ([*full(10, [90, 92]), *full(5, [80]), *(row(cost=7.5, seed=seed) for seed in (0, 1))], [5]),  # full 5 lacks seed 1
 ])  # fmt: skip
 def test_equal_time_is_on_the_curve_of_full_data(rows, gains):
     task, arm = only(rows)
@@ -117,6 +119,11 @@ def test_arms_differ_in_settings_and_not_in_what_has_no_effect():
                      ("highest EL2N", ", cycle 4", 1)]  # fmt: skip
 
 
+def test_of_two_runs_with_one_seed_the_last_counts_with_a_warning(capsys):
+    _, arm = only([row(accuracy=80), row(accuracy=90, precision="bf16")])
+    assert arm.mean == 90 and "warning: d, highest EL2N" in capsys.readouterr().err
+
+
 def test_different_metrics_are_never_averaged():
     rows = []
     for dataset, metric in (("d", "frame_acc"), ("e", "frame_acc"), ("cola", "matthews"), ("rte", "accuracy")):
@@ -141,6 +148,12 @@ def test_seconds_are_a_mean_only_within_one_machine():
     found = tasks([row(), other, row(keep=0.2)])
     table = report.full_page(found, report.headline_arms(found), wide=False)[-3]
     assert [line[-1].strip() for line in table[1:]] == ["A, B", "60 A"]
+
+
+def test_tokens_are_in_percent_of_full_data():
+    found = tasks([*full(10, [90]), *full(5, [80]), row()])
+    table = report.full_page(found, report.headline_arms(found), wide=False)[-3]
+    assert [line[table[0].index("tokens")] for line in table[1:]] == ["64.0 %", "32.0 %", "64.0 %"]
 
 
 # ---- files
@@ -171,6 +184,9 @@ def test_the_learning_rate_that_is_best_on_dev_is_chosen_once_all_are_there(tmp_
     write(tmp_path, {f"run{i}/result.json": [json.dumps(one)] for i, one in enumerate(rows)})
     assert compare.best_rate(tmp_path, "0", "1e-4", "2e-4") == 2e-4
     assert compare.best_rate(tmp_path, "0", "1e-4", "4e-4") is None
+    write(tmp_path, {"other/result.json": [json.dumps(row(lr=2e-4, batch_size=16))]})
+    with pytest.raises(SystemExit, match="several runs"):
+        compare.best_rate(tmp_path, "0", "1e-4", "2e-4")
 
 
 def test_a_folder_of_runs_is_read(tmp_path, capsys):
