@@ -41,7 +41,7 @@ def as_text(blocks):
     parts = []
     for block in blocks:
         if isinstance(block, str):
-            parts.append(fill(clean(block).lstrip("# "), 120))
+            parts.append(fill(clean(block).lstrip("# "), 120, break_on_hyphens=False))
         else:
             lines = [[clean(cell) for cell in line] for line in block]
             widths = [max(map(len, column)) for column in zip(*lines)]
