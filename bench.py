@@ -7,13 +7,11 @@ clip_grad_norm_ and AdamW. Rates are medians over rounds in which all variants t
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,7 +96,7 @@ def padding(lengths, batch_list):
 
 
 def measure(args):
-    """Return all figures, {name: value}. Rates are samples a second; shares are from 0 to 1."""
+    """Return samples a second of each variant, and the share of padding in the batches of each loop, as two dicts."""
     tokenizer, rng = load_tokenizer(args.model), np.random.default_rng(0)
     data = load(args.dataset, tokenizer, args.data_dir, max_train=args.max_train)
     split = data.train = data.train.to(args.device)
@@ -116,25 +114,24 @@ def measure(args):
             variants[f"textbook {precision} {phase}"] = highest, plain[phase]
             variants[f"engine {precision} {phase}"] = partial(set_matmul_backend, precision, args.device), ours[phase]
     shares = {"textbook": padding(split.lengths, plain_batches), "engine": padding(split.lengths, our_batches)}
-    return {"dataset": args.dataset, "model": Path(args.model).name, "batch_size": args.batch_size, "padding": shares,
-            "environment": environment(args.device), "rates": alternate(variants, args)}  # fmt: skip
+    return alternate(variants, args), shares
 
 
-def table(result):
-    """Return the figures of `measure` as aligned text."""
-    rates, here = result["rates"], result["environment"]
+def table(args, rates, shares):
+    """Return what `measure` returned as aligned text, with what a reader needs to judge it."""
+    here = environment(args.device)
     lines = [f"{'samples a second':<18} {'textbook':>10} {'engine':>10} {'ratio':>7}"]
     for name in [name.removeprefix("engine ") for name in rates if name.startswith("engine")]:
         plain, ours = rates[f"textbook {name}"], rates[f"engine {name}"]
         lines.append(f"{name:<18} {plain:>10.0f} {ours:>10.0f} {ours / plain:>7.2f}")
-    lines.append(f"{'padding':<18} {result['padding']['textbook']:>10.1%} {result['padding']['engine']:>10.1%}")
-    lines.append(f"{result['dataset']}, {result['model']}, batch size {result['batch_size']}; {here['cpu']}, "
-                 f"{here['threads']} threads; {here['device']}; torch {here['torch']}")
+    lines.append(f"{'padding':<18} {shares['textbook']:>10.1%} {shares['engine']:>10.1%}")
+    lines.append(f"{args.dataset}, {args.model}, batch size {args.batch_size}; {here['cpu']}, {here['threads']} "
+                 f"threads; {here['device']}; torch {here['torch']}")
     return "\n".join(lines)
 
 
 def main(argv=None):
-    """Measure, print and save. Returns the exit status."""
+    """Measure and print. Returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="demo", help="as in train.py")
     p.add_argument("--data-dir", help="as in train.py")
@@ -144,13 +141,9 @@ def main(argv=None):
     p.add_argument("--batch-size", type=count, default=32, help="samples in a training step (default: 32)")
     p.add_argument("--rounds", type=count, default=7, help="turns of each variant (default: 7)")
     p.add_argument("--seconds", type=positive, default=3.0, help="least seconds of a turn (default: 3)")
-    p.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
     args = p.parse_args(argv)
     try:
-        result = measure(args)
-        print(table(result))
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1))
+        print(table(args, *measure(args)))
     except (UserError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
