@@ -96,8 +96,8 @@ def headline_arms(found):
 
 def headline(found, arms):
     """Return the blocks of the headline table: a line a method, a column a dataset, one number a cell."""
-    titles, seeds = {}, {task: len(task.full.rows) if task.full else 0 for task in found}
-    table = [["keep", "method", "time", *(task.title for task in found)], ["", "seeds", "", *map(str, seeds.values())]]
+    titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
+    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found)]]
     for (keep, name), by_task in arms.items():
         times = sorted(round(task.time(arm)) for task, arm in by_task.items() if task.time(arm))
         span = dict.fromkeys(times[:1] + times[-1:])  # the shortest and the longest, once if they are the same
@@ -158,7 +158,7 @@ def full_page(found, arms, wide):
         blocks += ["## Mean over datasets", "Each dataset counts as one value.", means]
     for task in found:
         steps = [f"{arm.epochs} (lr {arm.args['lr']:g}{task.extras(arm)})" for arm in reversed(task.baselines)]
-        text = f"Epochs on full data for equal time: {', '.join(steps) or 'none'}."
+        text = f"Epochs on full data for equal time: {', '.join(steps) or 'none; make runs with --method full'}."
         gains = [task.to_full(arm) for arm in task.arms if not arm.full]
         if spreads := [deviation(values) for values in gains if len(values) > 1]:
             seeds = 16 * median(spreads) ** 2 + 2  # where 2 * deviation / sqrt(n - 2) is 0.5
@@ -176,7 +176,7 @@ def likely_errors(folder, count):
     import data  # here, because it takes seconds
 
     path = max((folder / "rounds").glob("epoch-*.npz"), default=None)
-    expect(path, folder, "no selection in rounds/; take the folder of a run that prunes")
+    expect(path, folder, "no selection in rounds/; take the folder of a run that has pruned")
     try:
         with np.load(path) as arrays:
             scores = arrays["scores"].astype(float)
@@ -201,7 +201,7 @@ def likely_errors(folder, count):
             text = " / ".join(text)
         table.append([f"{row}", f"{scores[i]:.2f}", label, text])
     text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} in {path.name}."
-    text += " The labels may be wrong. Rows of train count from 0, without a header."
+    text += " A high EL2N or loss often means a wrong label. Rows of train count from 0, without a header."
     return ["# Likely label errors", text, table]
 
 
@@ -238,8 +238,8 @@ def main(argv=None):
     parser.add_argument("--to", type=Path, metavar="DIR", help="write Markdown and pictures to this folder")
     parser.add_argument("--errors", type=int, default=20, metavar="N", help="samples to show of one run (default: 20)")
     args = parser.parse_args(argv)
-    single = [path for path in args.paths if Path(path, "config.json").is_file()]
     try:
+        single = [path for path in args.paths if Path(path, "config.json").is_file()]
         alone = not single or len(args.paths) == 1
         expect(alone, " ".join(single), "the folder of one run; name it alone, or name the folder above it")
         if args.to:

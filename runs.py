@@ -284,6 +284,8 @@ def summary(row, run):
         lines.append(f"lost   dev {metric} was {before:.2f} before pruning and is {end:.2f} now; keep more, or "
                      "train on full data")
     lines.append(f"left   {folder}/ with result, log, scores and masks; python report.py {args.out} compares runs")
+    if row["selections"] and args.method != "random":
+        lines.append(f"look   python report.py {folder} shows likely label errors")
     if not args.no_model:
         text = ("…", "…") if run.data.pairs else "…"
         path = str(folder / "model")

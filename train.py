@@ -3,7 +3,7 @@
     python train.py --dataset snips --keep 0.5
 
 Train τ epochs on everything. Then, every T epochs, score all samples, keep the fraction k with the highest scores, and
-train on them until the next selection.
+train on them until the next selection. With --sample, draw the fraction in proportion to the scores.
 """
 
 import time
@@ -45,7 +45,7 @@ def train(model, optimizer, data, plan, args, run, state=None):
         scorer.load_state_dict(state["scorer"])
         smooth.state = state["smoother"]
 
-    for epoch in range(len(run.log), len(plan)):
+    for epoch in range(len(run.log), len(plan)):  # the log has the epochs before a resume
         rng = seed_epoch(args.seed, epoch)
 
         if plan[epoch] == "select":
@@ -70,7 +70,7 @@ def train(model, optimizer, data, plan, args, run, state=None):
                 loss = losses(outputs, batch)
                 (loss @ weights[batch.indices] / len(indices)).backward()
                 scorer.record(outputs, batch)
-                optimizer.step(learning_rate(args, epoch + i / len(batch_list)))
+                optimizer.step(learning_rate(args, epoch + i / len(batch_list)))  # and clear the gradients
                 run.loss += loss.detach().sum()
             scorer.sync()
 

@@ -99,6 +99,7 @@ def find(name, folder=None):
         return source, source.folder and Path(folder or default_folder()) / source.folder
     right = f"choose from {', '.join(DATASETS)}, or name your own folder"
     expect(os.path.isdir(name), f"unknown dataset {name!r}", right)
+    expect(os.access(name, os.R_OK | os.X_OK), name, "this folder cannot be read; change its permissions")
     return Source(readers.read_own, name, (), "the user's", () if readers.has_tags(name) else ("accuracy",)), Path(name)
 
 
@@ -126,7 +127,7 @@ def read(name, folder=None, max_train=None, tune=False):
         splits = {"train": splits["train"]}
     labels = {split: {sample.label for sample in samples} for split, samples in splits.items()}
     for split in [s for s in splits if labels[s].isdisjoint(labels["train"])]:
-        print(f"{name}: {split} is left out, because train has none of its labels")
+        print(f"warning: {name}: {split} is left out, because train has none of its labels")
         del splits[split]
     if "dev" not in splits:
         n = len(splits["train"])

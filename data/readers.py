@@ -6,7 +6,9 @@ test where the dataset has none. The last section reads a user's own folder.
 
 import csv
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 from errors import UserError, expect
@@ -46,7 +48,8 @@ def read_table(path, header=None):
     expect(rows, path, "no row below the header; one sample a row was expected")
     named = {name for name in header if header.count(name) == 1}  # an export may have several columns without a name
     for where, cells in rows:
-        expect(len(cells) == len(header), where, f"{len(cells)} columns; {len(header)} were expected")
+        advice = "; put a cell with commas in quotes" if is_csv else ""
+        expect(len(cells) == len(header), where, f"{len(cells)} columns; {len(header)} were expected{advice}")
     return [(where, {name: cell for name, cell in zip(header, cells) if name in named}) for where, cells in rows]
 
 
@@ -85,7 +88,7 @@ def pick(row, where, names, kind=str):
     """Return the cells of some columns. Raises UserError unless each is there once, and of type `kind`."""
     for name in names:
         others = ", ".join(map(repr, row))[:200]
-        expect(name in row, where, f"the column {name!r} was expected once; others are {others}")
+        expect(name in row, where, f"no column {name!r}, or several; the columns are {others}")
         right = isinstance(row[name], kind)
         expect(right, where, f"{name} is {row[name]!r:.40}; {'a list' if kind is list else 'text'} was expected")
     return [row[name] for name in names]
@@ -279,6 +282,8 @@ def read_own(folder):
             expect(path.name == split + kind, path, f"rename it to {split + kind}")
             expect(split not in splits, path, f"a second {split} split; remove one")
             splits[split] = read_file(path) if kind else read_parallel(path)
+        elif ending in ("tsv", "csv", "jsonl"):
+            print(f"warning: {path} is not read; splits are named train, dev and test", file=sys.stderr)
     expect("train" in splits, folder, f"no train split; add {KINDS}, named train")
     forms = {type(samples[0].text) for samples in splits.values()}
     expect(len(forms) == 1, folder, f"{', '.join(splits)} must be all of words and tags, all of texts, or all of pairs")
@@ -288,7 +293,7 @@ def read_own(folder):
 def has_tags(folder):
     """Return whether a user's folder has words and tags. Its train split shows it, by its name or first line."""
     path = Path(folder) / "train.jsonl"
-    return (Path(folder) / "train").is_dir() or (path.is_file() and "words" in read_objects(path)[0][1])
+    return os.path.isdir(Path(folder) / "train") or (os.path.isfile(path) and "words" in read_objects(path)[0][1])
 
 
 def read_file(path):

@@ -129,7 +129,7 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.tsv.gz": "a"}, "train.tsv.gz: .*jsonl"),
     ({"train.tsv": "sentence\tlabel\na\tx\n"}, "train.tsv:2: .*text.*sentence"),
     ({"train.tsv": "text\ttext_b\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text_a or text_b"),
-    ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text.*once"),
+    ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text.*several"),
     ({"train.tsv": "text\tlabel\n"}, "train.tsv: no row"),
     ({"train.tsv": TABLE + "\tx\n"}, "train.tsv:3: no text"),
     ({"train.tsv": TABLE + "b\t \n"}, "train.tsv:3: label ''"),
@@ -154,6 +154,11 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
 def test_own_data_that_is_off_is_refused_with_file_and_line(tmp_path, files, message):
     with refused_with(message):
         read_own(write(tmp_path, files))
+
+
+def test_a_file_with_another_name_is_not_passed_over_in_silence(tmp_path, capsys):
+    read_own(write(tmp_path, {"train.tsv": TABLE, "eval.csv": "text,label\na,x\n", "README.md": "mine"}))
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 def test_a_link_to_nowhere_is_not_taken_for_a_split_that_is_not_there(tmp_path):

@@ -137,8 +137,8 @@ def test_different_metrics_are_never_averaged():
 def test_the_headline_has_the_equal_time_rows_and_the_arm_that_is_best_on_dev():
     rows = [*full(10, [90]), *full(5, [80]), row(accuracy=70, dev=10), row(accuracy=60, dev=20, lr=4e-4)]
     found = tasks(rows)
-    (head, seeds, *lines), _ = report.headline(found, report.headline_arms(found))
-    assert head[3:] == ["d"] and seeds[3:] == ["1"]
+    (head, *lines), _ = report.headline(found, report.headline_arms(found))
+    assert head[3:] == ["d (n 1)"]
     assert lines == [["all", "full data", "100 %", "90.0"], ["all", "full data, 5 epochs", "50 %", "80.0"],
                      ["0.5", "highest EL2N", "60 %", "60.0"]]  # fmt: skip
 
