@@ -1,6 +1,7 @@
 """Compare runs: read their rows, gather them into arms, and set each arm against full data in the same time.
 
-A run's cost is its time divided by the time of one of its own full epochs, because machines differ in speed. An arm is
+A run's cost is its time in its own full epochs, because machines differ in speed. A full epoch takes as long as all its
+tokens take at the run's mean training speed. So a pause in a few epochs does not spoil the unit. An arm is
 the runs that differ in the seed alone. All differences are paired by seed.
 """
 
@@ -42,7 +43,7 @@ def read_rows(paths):
             for number, line in enumerate(lines, 1):
                 try:
                     rows += [completed(json.loads(line))] if line.strip() else []
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                     damaged.append((number, error))
             if damaged:
                 (number, error), more = damaged[0], f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
@@ -53,27 +54,26 @@ def read_rows(paths):
 def completed(row):
     """Return a row with values derived from it. Raise an error where something is missing or makes no sense.
 
-    metrics: on test, or on dev where there is no test split; the methods are compared by `metric`. cost: in own full
-    epochs, or None where the run had no full epoch. tokens: trained on, in full epochs.
+    metrics: on test, or on dev where there is no test split; the methods are compared by `metric`. cost: of
+    training, scoring and selection, in own full epochs.
     """
     args, split, facts = row["args"], "test" if "test" in row else "dev", row["environment"]
     metrics = {**row[split], **{f"{name} (mismatched)": value for name, value in row.get("dev_mismatched", {}).items()}}
     metric = "frame_acc" if "frame_acc" in metrics else next(iter(metrics), None)
-    total, epoch = row["seconds"]["total"], row.get("full_epoch_seconds")
-    positive = total, epoch or 1, args["epochs"], args["lr"], args.get("keep") or 1
+    tokens, seconds = args["epochs"] * row["tokens_seen"] / row["tokens_full"], row["seconds"]
+    cost = tokens * seconds["total"] / seconds["train"]
+    positive = cost, tokens, args["epochs"], args["lr"], args.get("keep") or 1
     if not all(-100 <= value <= 100 for value in [row["dev"][metric], *metrics.values()]):
         raise ValueError("a metric is not in percent")
     if not all(0 < value < 1e9 for value in positive):
-        raise ValueError("epochs, lr, keep and seconds must be above 0")
+        raise ValueError("epochs, lr, keep, tokens and seconds must be above 0")
     if {type(args[flag]) for flag in ("dataset", "model", "method")} != {str} or type(args["seed"]) is not int:
         raise TypeError("dataset, model and method must be text, and seed a whole number")
     processor = facts.get("cpu" if facts.get("device") == "cpu" else "device")
     machine = f"{processor}, threads {facts.get('threads')}, processes {facts.get('processes')}"
     machine += f", {args.get('precision')}"
-    cost = args["epochs"] if args["method"] == "full" else epoch and total / epoch
-    tokens = args["epochs"] * row["tokens_seen"] / row["tokens_full"]
     derived = {"metrics": metrics, "metric": metric, "split": split, "machine": machine}
-    return {**row, **derived, "cost": cost, "tokens": tokens}
+    return {**row, **derived, "cost": cost}
 
 
 # ---- arms and tasks
@@ -101,7 +101,7 @@ def settings(args):
 class Arm:
     """Rows that differ in the seed alone. Of two rows with one seed, the last counts, with a warning.
 
-    costs: in own full epochs, one a seed; empty where one is not known. cost: their mean, or None.
+    costs: in own full epochs, one a seed. cost: their mean.
     """
 
     def __init__(self, rows):
@@ -111,9 +111,8 @@ class Arm:
         self.accuracy = {seed: row["metrics"][row["metric"]] for seed, row in self.rows.items()}
         self.dev = {seed: row["dev"][row["metric"]] for seed, row in self.rows.items()}
         self.mean, self.deviation = mean(self.accuracy.values()), deviation(self.accuracy.values())
-        costs = [row["cost"] for row in self.rows.values()]
-        self.costs = costs if all(costs) else []
-        self.cost = mean(costs) if self.costs else None
+        self.costs = [row["cost"] for row in self.rows.values()]
+        self.cost = mean(self.costs)
         self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
         self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
         self.order = not self.full, soft, -keep, args["method"] != "random", self.name, -self.epochs, args["lr"]
@@ -152,7 +151,7 @@ class Task:
 
     def time(self, arm):
         """Return an arm's cost in percent of full data, or None."""
-        return 100 * arm.cost / self.full.cost if self.full and arm.cost else None
+        return 100 * arm.cost / self.full.cost if self.full else None
 
     def to_full(self, arm):
         """Return an arm's points above full data, one a seed."""
@@ -163,10 +162,10 @@ class Task:
     def to_equal_time(self, arm):
         """Return an arm's points above full data in the same time. There is one for each seed that both have.
 
-        There is none without a cost, and below the smallest cost on full data.
+        There is none below the smallest cost on full data.
         """
         costs = [cost for cost, _, _ in self.corners]
-        if arm.full or not arm.cost or not costs or arm.cost < costs[0]:
+        if arm.full or not costs or arm.cost < costs[0]:
             return []
         gains = []
         for seed in sorted(arm.rows):

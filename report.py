@@ -22,12 +22,12 @@ from errors import UserError, expect
 
 READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the time are means ± standard deviations
-over seeds. A run counts time in its own full epochs, and tokens in those of full data. The tokens do not depend on the
-machine, but leave scoring out. "To full data" is the difference to full data for the most epochs. "To equal time" is
-the difference to full data for fewer epochs at the same cost. Both are in points and paired by seed. From 3 seeds on,
-they have 95 % intervals. For each number of epochs on full data, the run with the best dev result counts. The
-equal-time curve is the upper concave envelope of these runs, and it never falls. Letters name machines; seconds compare
-only within one."""
+over seeds. A run counts time in its own full epochs: seconds of training, scoring and selection, divided by the seconds
+that all tokens of an epoch take at the run's mean training speed. "To full data" is the difference to full data for the
+most epochs. "To equal time" is the difference to full data for fewer epochs at the same cost. Both are in points and
+paired by seed. From 3 seeds on, they have 95 % intervals. For each number of epochs on full data, the run with the best
+dev result counts. The equal-time curve is the upper concave envelope of these runs, and it never falls. Letters name
+machines; seconds compare only within one."""
 LEGEND = """\
 Time is in percent of full data. Highest EL2N is the paper's method, sampled EL2N is `--sample`, and n counts seeds. Of
 several settings of a method, the table has the one that is best on dev."""
@@ -130,19 +130,17 @@ def over_datasets(found, arms):
 
 def full_table(task, letters, wide):
     """Return the table of all arms of a Task. letters: {machine: letter}. wide: with the other metrics."""
-    head = ["keep", "method", "epochs", "lr", "n", task.measure, "time", "tokens", "to full data", "to equal time",
-            "seconds"]  # fmt: skip
+    head = ["keep", "method", "epochs", "lr", "n", task.measure, "time", "to full data", "to equal time", "seconds"]
     table = [head + ["other metrics"] * wide]
     for arm in task.arms:
         rows, times = list(arm.rows.values()), [100 * cost / task.full.cost for cost in arm.costs if task.full]
         times = times[:1] if arm.full else times  # a number of epochs has no deviation
-        tokens = f"{100 * mean(row['tokens'] for row in rows) / task.full.epochs:.1f} %" if task.full else "–"
         where = sorted({letters[row["machine"]] for row in rows})
         seconds = plus_minus([row["seconds"]["total"] for row in rows], 0) if len(where) == 1 else ""
         others = [f"{name} {mean(row['metrics'][name] for row in rows):.2f}" for name in rows[0]["metrics"]
                   if name != task.metric and all(name in row["metrics"] for row in rows)]  # fmt: skip
         line = [arm.keep, arm.name + task.extras(arm), f"{arm.epochs}", f"{arm.args['lr']:g}", f"{len(rows)}",
-                plus_minus(arm.accuracy.values()), f"{plus_minus(times, 1)} %" if times else "–", tokens,
+                plus_minus(arm.accuracy.values()), f"{plus_minus(times, 1)} %" if times else "–",
                 gain(task.to_full(arm), len(rows)), gain(task.to_equal_time(arm), len(rows)),
                 f"{seconds} {', '.join(where)}"]  # fmt: skip
         table.append(line + [", ".join(others)] * wide)

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -196,13 +195,11 @@ class Run:
             flags["model"] = Path(self.args.model).name
         if os.path.isabs(self.args.dataset):
             flags["dataset"] = f"{Path(self.args.dataset).name}-{self.data.digest[:6]}"
-        full = [line["seconds"]["train"] for line in log if line["kept"] == n]
         total = sum(seconds[phase] for phase in ("train", "score", "select"))
         return {
             "run": self.folder.name, "args": flags, "environment": self.environment,
             "samples": {name: len(split) for name, split in self.data.splits.items()}, "steps": self.steps,
             "seconds": {phase: round(s, 3) for phase, s in {**seconds, "total": total}.items()},
-            "full_epoch_seconds": round(statistics.median(full), 4) if full else None,
             "selections": sum("select" in line["seconds"] for line in log),
             "samples_seen": sum(line["kept"] for line in log), "samples_full": n * self.args.epochs,
             "tokens_seen": sum(line["tokens"] for line in log),
@@ -271,8 +268,8 @@ def summary(row, run):
         f"seen   {row['samples_seen'] / row['samples_full']:.1%} of the samples, "
         f"{row['tokens_seen'] / row['tokens_full']:.1%} of the tokens, in {row['steps']:,} steps",
     ]
-    if row["selections"] and row["full_epoch_seconds"]:
-        full = row["full_epoch_seconds"] * args.epochs
+    if row["selections"]:
+        full = seconds["train"] * row["tokens_full"] / row["tokens_seen"]
         lines.append(f"saved  {1 - seconds['total'] / full:.1%} of {full:.1f} s, the estimate for full data; --method "
                      "full measures it")
     if row["selections"] and args.dataset == "demo" and args.method != "random" and not (args.max_train or args.tune):
