@@ -125,8 +125,8 @@ class Arm:
 class Task:
     """The arms that may be compared with one another, and what full data reaches in the same time.
 
-    full: the arm on full data with the most epochs. baselines: an arm on full data for each number of epochs, the most
-    first. corners: those of the equal-time curve, as `envelope` returns them.
+    full: the arm on full data with the most epochs, or None. epochs: its number, else the highest. baselines: an arm on
+    full data for each number of epochs, the most first. corners: those of the equal-time curve, by `envelope`.
     """
 
     def __init__(self, title, rows):
@@ -139,6 +139,7 @@ class Task:
         by_epochs = groupby((arm for arm in self.arms if arm.full), key=lambda arm: arm.epochs)
         self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
         self.full = self.baselines[0] if self.baselines else None
+        self.epochs = self.full.epochs if self.full else max(arm.epochs for arm in self.arms)
         self.corners = envelope([(arm.cost, arm.mean, arm) for arm in self.baselines])
 
     def extras(self, arm):
@@ -150,8 +151,8 @@ class Task:
         return "".join(f", {flag.replace('_', '-')} {value}" for flag, value in zip(differing, values))
 
     def time(self, arm):
-        """Return an arm's cost in percent of full data, or None."""
-        return 100 * arm.cost / self.full.cost if self.full else None
+        """Return an arm's cost in percent of full data."""
+        return 100 * arm.cost / self.epochs
 
     def to_full(self, arm):
         """Return an arm's points above full data, one a seed."""

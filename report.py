@@ -86,7 +86,7 @@ def headline_arms(found):
     candidates = {}
     for task in found:
         for arm in task.arms:
-            other = task.full and arm.epochs != task.full.epochs
+            other = arm.epochs != task.epochs
             name = f"{arm.name}, {arm.epochs:g} epochs" if other else arm.name
             key = (*arm.order[:5], -arm.epochs if other else -np.inf), arm.keep, name
             candidates.setdefault(key, {}).setdefault(task, []).append(arm)
@@ -99,17 +99,16 @@ def headline(found, arms):
     titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
     table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found)]]
     for (keep, name), by_task in arms.items():
-        times = sorted(round(task.time(arm)) for task, arm in by_task.items() if task.time(arm))
+        times = sorted(round(task.time(arm)) for task, arm in by_task.items())
         span = dict.fromkeys(times[:1] + times[-1:])  # the shortest and the longest, once if they are the same
-        cells = [keep, name, " to ".join(map(str, span)) + " %" if times else "–"]
+        cells = [keep, name, " to ".join(map(str, span)) + " %"]
         for task in found:
             arm = by_task.get(task)
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
         table.append(cells)
     for task in found:
-        epochs = f", {task.full.epochs} epochs" if task.full else ""
-        titles.setdefault(f"{task.measure} on {task.split}{epochs}", []).append(task.title)
+        titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     caption = [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
     return [table, " ".join([*caption, LEGEND])]
 
@@ -133,14 +132,14 @@ def full_table(task, letters, wide):
     head = ["keep", "method", "epochs", "lr", "n", task.measure, "time", "to full data", "to equal time", "seconds"]
     table = [head + ["other metrics"] * wide]
     for arm in task.arms:
-        rows, times = list(arm.rows.values()), [100 * cost / task.full.cost for cost in arm.costs if task.full]
+        rows, times = list(arm.rows.values()), [100 * cost / task.epochs for cost in arm.costs]
         times = times[:1] if arm.full else times  # a number of epochs has no deviation
         where = sorted({letters[row["machine"]] for row in rows})
         seconds = plus_minus([row["seconds"]["total"] for row in rows], 0) if len(where) == 1 else ""
         others = [f"{name} {mean(row['metrics'][name] for row in rows):.2f}" for name in rows[0]["metrics"]
                   if name != task.metric and all(name in row["metrics"] for row in rows)]  # fmt: skip
         line = [arm.keep, arm.name + task.extras(arm), f"{arm.epochs}", f"{arm.args['lr']:g}", f"{len(rows)}",
-                plus_minus(arm.accuracy.values()), f"{plus_minus(times, 1)} %" if times else "–",
+                plus_minus(arm.accuracy.values()), f"{plus_minus(times, 1)} %",
                 gain(task.to_full(arm), len(rows)), gain(task.to_equal_time(arm), len(rows)),
                 f"{seconds} {', '.join(where)}"]  # fmt: skip
         table.append(line + [", ".join(others)] * wide)
