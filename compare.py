@@ -1,8 +1,8 @@
 """Compare runs: read their rows, gather them into arms, and set each arm against full data in the same time.
 
 A run's cost is its time in its own full epochs, because machines differ in speed. A full epoch takes as long as all its
-tokens take at the run's mean training speed. So a pause in a few epochs does not spoil the unit. An arm is
-the runs that differ in the seed alone. All differences are paired by seed.
+tokens take at the run's mean training speed. So a pause in a few epochs does not spoil the unit. An arm is the runs
+that differ in the seed alone. All differences are paired by seed.
 """
 
 import json
@@ -54,8 +54,8 @@ def read_rows(paths):
 def completed(row):
     """Return a row with values derived from it. Raise an error where something is missing or makes no sense.
 
-    metrics: on test, or on dev where there is no test split; the methods are compared by `metric`. cost: of
-    training, scoring and selection, in own full epochs.
+    metrics: on test, or on dev where there is no test split; the methods are compared by `metric`. cost: of training,
+    scoring and selection, in own full epochs.
     """
     args, split, facts = row["args"], "test" if "test" in row else "dev", row["environment"]
     metrics = {**row[split], **{f"{name} (mismatched)": value for name, value in row.get("dev_mismatched", {}).items()}}
@@ -150,9 +150,9 @@ class Task:
         values = [arm.args[flag] if flag in arm.settings else "off" for flag in differing]
         return "".join(f", {flag.replace('_', '-')} {value}" for flag, value in zip(differing, values))
 
-    def time(self, arm):
-        """Return an arm's cost in percent of full data."""
-        return 100 * arm.cost / self.epochs
+    def percent(self, cost):
+        """Return a cost in percent of full data."""
+        return 100 * cost / self.epochs
 
     def to_full(self, arm):
         """Return an arm's points above full data, one a seed."""

@@ -36,13 +36,13 @@ def figure(tasks, arms, path):
 
 def panel(ax, task, arms, styles):
     """Draw one Task. A point far below full data sits at the lower edge, beside its value."""
-    curve = [(100 * cost / task.epochs, accuracy) for cost, accuracy, _ in task.corners]
+    curve = [(task.percent(cost), accuracy) for cost, accuracy, _ in task.corners]
     full = [arm.mean for arm in task.baselines]
     ax.plot(*zip(*curve), color="black", lw=1.5, label="full data, equal time")
-    ax.plot([task.time(arm) for arm in task.baselines], full, color="black", ls="", marker=".")
+    ax.plot([task.percent(arm.cost) for arm in task.baselines], full, color="black", ls="", marker=".")
     edge = min(full) - 1.5 * max(1.0, max(full) - min(full))
     for name, (color, marker) in styles.items():
-        points = sorted((task.time(arm), arm.mean, arm.deviation) for (_, method), arm in arms.items()
+        points = sorted((task.percent(arm.cost), arm.mean, arm.deviation) for (_, method), arm in arms.items()
                         if method == name)  # fmt: skip
         if not points:
             continue

@@ -8,6 +8,7 @@ import torch
 
 from data import DATASETS, DEFAULT_MODEL, default_folder, find
 from engine import has_bf16
+from errors import one_line
 from scoring import METHODS, SCORES
 
 # The pruning flags that have an effect with each method. Every other one is refused.
@@ -71,8 +72,7 @@ def device(name):
     try:
         torch.empty(0, device=name).cpu()  # "meta" has no values to bring back
     except Exception as error:  # RuntimeError, AssertionError and others, by backend
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name} is not available here ({reason}); try cpu") from None
+        raise argparse.ArgumentTypeError(f"{name} is not available here ({one_line(error)}); try cpu") from None
     return name
 
 

@@ -99,7 +99,7 @@ def headline(found, arms):
     titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
     table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found)]]
     for (keep, name), by_task in arms.items():
-        times = sorted(round(task.time(arm)) for task, arm in by_task.items())
+        times = sorted(round(task.percent(arm.cost)) for task, arm in by_task.items())
         span = dict.fromkeys(times[:1] + times[-1:])  # the shortest and the longest, once if they are the same
         cells = [keep, name, " to ".join(map(str, span)) + " %"]
         for task in found:
@@ -132,7 +132,7 @@ def full_table(task, letters, wide):
     head = ["keep", "method", "epochs", "lr", "n", task.measure, "time", "to full data", "to equal time", "seconds"]
     table = [head + ["other metrics"] * wide]
     for arm in task.arms:
-        rows, times = list(arm.rows.values()), [100 * cost / task.epochs for cost in arm.costs]
+        rows, times = list(arm.rows.values()), [task.percent(cost) for cost in arm.costs]
         times = times[:1] if arm.full else times  # a number of epochs has no deviation
         where = sorted({letters[row["machine"]] for row in rows})
         seconds = plus_minus([row["seconds"]["total"] for row in rows], 0) if len(where) == 1 else ""

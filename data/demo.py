@@ -42,9 +42,9 @@ def fill(rng, text):
     return re.sub(r"\{(\w+)\}", lambda match: draw(rng, PARTS[match[1]]), text)
 
 
-def utterance(rng, intent):
-    """Return (words, intent, tags) of one utterance."""
-    words, tags = [], []
+def utterance(rng, row):
+    """Return one utterance as a Sample."""
+    intent, words, tags = draw(rng, list(PATTERNS)), [], []
 
     def add(text, slot=None):
         for i, word in enumerate(text.split()):
@@ -62,7 +62,7 @@ def utterance(rng, intent):
         i = rng.integers(len(words))
         j = rng.integers(len(words[i]))
         words[i] = words[i][:j] + words[i][j + 1 : j + 2] + words[i][j : j + 1] + words[i][j + 2 :]
-    return words, intent, tags
+    return Sample(words, intent, tags, row)
 
 
 def planted_errors():
@@ -96,8 +96,7 @@ def generate(_folder=None):
     splits = {}
     for number, (split, size) in enumerate(SIZES.items()):
         rng = np.random.default_rng([SEED, 0, number])
-        intents = (draw(rng, list(PATTERNS)) for _ in range(size))
-        splits[split] = [Sample(*utterance(rng, intent), row) for row, intent in enumerate(intents)]
+        splits[split] = [utterance(rng, row) for row in range(size)]
     rng = np.random.default_rng([SEED, 2])
     for i in planted_errors():
         splits["train"][i] = spoil(rng, splits["train"][i])

@@ -184,9 +184,13 @@ def encode(samples, tokenizer, max_length, label_ids, tag_ids):
                 words = pairwise([None, *encoded.word_ids(row)])
                 tags.extend(IGNORE if word in (None, before) else names[word] for before, word in words)
     labels = array("i", (label_ids.get(sample.label, len(label_ids)) for sample in samples))
-    tensors = [torch.from_numpy(np.asarray(values)) for values in (tokens, offsets, labels, types, tags)]
-    return Split(*tensors[:3], tokenizer.pad_token_id, tensors[3] if typed else None, tensors[4] if joint else None,
-                 truncated)  # fmt: skip
+    return Split(flat(tokens), flat(offsets), flat(labels), tokenizer.pad_token_id, flat(types) if typed else None,
+                 flat(tags) if joint else None, truncated)  # fmt: skip
+
+
+def flat(values):
+    """Return an array.array as a tensor on the same memory."""
+    return torch.from_numpy(np.asarray(values))
 
 
 def dropped_words(samples, tokenizer):

@@ -257,8 +257,9 @@ def read_mrpc(folder):
     samples = labelled(rows, ("#1 String", "#2 String"), "Quality", ("0", "1"))
     pairs = [tuple(pick(row, where, ids)) for where, row in rows]
     dev = {tuple(row.values()): where for where, row in read_table(Path(folder) / "mrpc_dev_ids.tsv", ids)}
+    known = set(pairs)
     for pair, where in dev.items():
-        expect(pair in pairs, where, "no row of msr_paraphrase_train.txt has these two ids")
+        expect(pair in known, where, "no row of msr_paraphrase_train.txt has these two ids")
     return {split: [sample for sample, pair in zip(samples, pairs) if (pair in dev) == (split == "dev")]
             for split in ("train", "dev")}  # fmt: skip
 
@@ -293,7 +294,9 @@ def read_own(folder):
 def has_tags(folder):
     """Return whether a user's folder has words and tags. Its train split shows it, by its name or first line."""
     path = Path(folder) / "train.jsonl"
-    return os.path.isdir(Path(folder) / "train") or (os.path.isfile(path) and "words" in read_objects(path)[0][1])
+    if os.path.isdir(path.with_suffix("")):
+        return True
+    return os.path.isfile(path) and "words" in read_json(read_lines(path)[0], f"{path}:1")
 
 
 def read_file(path):
