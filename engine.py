@@ -9,7 +9,7 @@ Short utterances make short steps, and short steps consist of overhead. So there
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertModel, RobertaModel
+from transformers import BertModel, MPNetModel, RobertaModel
 
 from distributed import all_reduce_sum
 
@@ -100,8 +100,8 @@ def dropout(x, p):
 
 def encoder_forward(encoder):
     """Return the fastest forward function for an encoder: (encoder, batch, linear) to hidden states (B, L, width)."""
-    is_bert = type(encoder) in (BertModel, RobertaModel)
-    plain = is_bert and encoder.config.hidden_act == "gelu" and not encoder.config.is_decoder
+    is_bert = type(encoder) in (BertModel, RobertaModel, MPNetModel)
+    plain = is_bert and encoder.config.hidden_act == "gelu" and not getattr(encoder.config, "is_decoder", False)
     return fast_bert_forward if plain else transformers_forward
 
 
@@ -112,32 +112,48 @@ def transformers_forward(encoder, batch, _linear):
 
 
 def fast_bert_forward(encoder, batch, linear):
-    """Compute BERT's or RoBERTa's hidden states in few large operations: (B, L, width).
+    """Compute the hidden states of BERT, RoBERTa or MPNet in few large operations: (B, L, width).
 
     Query, key and value are one product. A batch without padding needs no mask. A classifier reads only the first
     token, so the last layer computes no other: then the result is (B, 1, width).
     """
     tables, config, (B, L) = encoder.embeddings, encoder.config, batch.tokens.shape
     p, p_attention = (encoder.training * q for q in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
-    types = tables.token_type_embeddings.weight[0] if batch.types is None else tables.token_type_embeddings(batch.types)
-    positions = tables.position_embeddings.weight[first_position(encoder) :][:L]
-    x = tables.word_embeddings(batch.tokens) + (positions + types)
-    x = dropout(tables.LayerNorm(x), p).flatten(0, 1)
-    bias = 0
-    if batch.mask is not None:
-        bias = torch.zeros_like(batch.mask, dtype=x.dtype).masked_fill_(~batch.mask, -torch.inf)[:, None, None]
+    added = tables.position_embeddings.weight[first_position(encoder) :][:L]
+    if hasattr(tables, "token_type_embeddings"):
+        types = tables.token_type_embeddings
+        added = added + (types.weight[0] if batch.types is None else types(batch.types))
+    x = dropout(tables.LayerNorm(tables.word_embeddings(batch.tokens) + added), p).flatten(0, 1)
+    bias = attention_bias(encoder, batch, x.dtype)
     for layer in encoder.encoder.layer:
-        own, output, heads = layer.attention.self, layer.attention.output, config.num_attention_heads
-        query_key_value = linear(x, own.query, own.key, own.value)
-        query, key, value = query_key_value.view(B, L, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value, output, layer_norm = attention_layers(layer.attention)
+        query_key_value = linear(x, query, key, value).view(B, L, 3, config.num_attention_heads, -1)
+        query, key, value = query_key_value.permute(2, 0, 3, 1, 4)
         if layer is encoder.encoder.layer[-1] and batch.tags is None:
             query, x = query[:, :, :1], x.view(B, L, -1)[:, 0]
-        attention = softmax(query * query.shape[-1] ** -0.5 @ key.mT + bias)
-        context = (dropout(attention, p_attention) @ value).transpose(1, 2).reshape(len(x), -1)
-        x = output.LayerNorm(x + dropout(linear(context, output.dense), p))
+        scores = query * query.shape[-1] ** -0.5 @ key.mT + bias[:, :, : query.shape[2]]
+        context = (dropout(softmax(scores), p_attention) @ value).transpose(1, 2).reshape(len(x), -1)
+        x = layer_norm(x + dropout(linear(context, output), p))
         wide = F.gelu(linear(x, layer.intermediate.dense))
         x = layer.output.LayerNorm(x + dropout(linear(wide, layer.output.dense), p))
     return x.unflatten(0, (B, -1))
+
+
+def attention_layers(attention):
+    """Return an attention block's query, key, value and output layers and its norm. MPNet has other names for them."""
+    if hasattr(attention, "attn"):
+        return attention.attn.q, attention.attn.k, attention.attn.v, attention.attn.o, attention.LayerNorm
+    own, output = attention.self, attention.output
+    return own.query, own.key, own.value, output.dense, output.LayerNorm
+
+
+def attention_bias(encoder, batch, dtype):
+    """Return what is added to attention scores, (B or 1, heads or 1, L or 1, L): MPNet's relative positions, −inf where
+    there is padding."""
+    bias = torch.zeros(1, 1, 1, 1, dtype=dtype, device=batch.tokens.device)
+    if hasattr(encoder.encoder, "relative_attention_bias"):
+        bias = encoder.encoder.compute_position_bias(batch.tokens[:1])
+    return bias if batch.mask is None else bias.masked_fill(~batch.mask[:, None, None], -torch.inf)
 
 
 def first_position(encoder):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import AdamW
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
 import bench
 import engine
@@ -75,7 +75,8 @@ def test_packed_linear_is_linear_with_the_weights_of_now(model, demo_data, preci
 # ---- the encoder
 
 
-@pytest.mark.parametrize(("kind", "config"), [(BertModel, BertConfig), (RobertaModel, RobertaConfig)])
+@pytest.mark.parametrize(("kind", "config"), [(BertModel, BertConfig), (RobertaModel, RobertaConfig),
+                                             (MPNetModel, MPNetConfig)])  # fmt: skip
 def test_fast_bert_forward_is_transformers(kind, config, demo_data):
     """With and without padding, with segments, and of the first token alone, where a classifier reads no other."""
     torch.manual_seed(1)
