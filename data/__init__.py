@@ -1,14 +1,12 @@
 """Load datasets by name: load("snips", …) returns their splits as flat arrays, which encoding.py describes."""
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from distributed import rank
 from errors import expect
 
 from . import demo, download, readers
@@ -103,12 +101,6 @@ def find(name, folder=None):
     return Source(readers.read_own, name, (), "the user's", () if readers.has_tags(name) else ("accuracy",)), Path(name)
 
 
-def fetch(name, folder=None):
-    """Download the files of a dataset that are not on disk. Raises UserError."""
-    if name in FILES:
-        download.fetch(name, *find(name, folder), FILES[name])
-
-
 def read(name, folder=None, max_train=None, tune=False):
     """Return {"train": samples, "dev": …}, and "test" where there is one. Raises UserError.
 
@@ -117,11 +109,11 @@ def read(name, folder=None, max_train=None, tune=False):
     tune: hold out a tenth of train, and leave out all other splits.
     """
     source, path = find(name, folder)
-    fetch(name, folder)
+    download.fetch(name, source, path, FILES.get(name, ()))
     splits = source.reader(path)
     rows = tuple(map(len, splits.values()))
-    if name in FILES and rows != source.rows and rank() == 0:
-        print(f"warning: {path}: {rows} rows, officially {source.rows}; results will not compare", file=sys.stderr)
+    if name in FILES and rows != source.rows:
+        print(f"warning: {path}: {rows} rows, officially {source.rows}; results will not compare")
     expect(all(rows), path, f"{', '.join(splits)} have {rows} samples; one or more was expected")
     if tune:
         splits = {"train": splits["train"]}

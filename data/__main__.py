@@ -11,7 +11,7 @@ import sys
 
 from errors import UserError
 
-from . import DATASETS, FILES, download, fetch, find
+from . import DATASETS, FILES, download, find
 
 
 def main(argv=None):
@@ -20,10 +20,10 @@ def main(argv=None):
     p.add_argument("datasets", nargs="*", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     names = p.parse_args(argv).datasets
     try:
-        for name in names:
-            fetch(name)
         for name in names or DATASETS:
             source, path = find(name)
+            if names:
+                download.fetch(name, source, path, FILES.get(name, ()))
             here = "generated" if path is None else "no" if download.absent(path, FILES.get(name, ())) else path
             task, rows = "classification" if source.classifies else "intent, slots", " / ".join(map(str, source.rows))
             print(f"{name:<6} {task:<14}  {rows:<22}  {source.licence:<20}  on disk: {here}")

@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from errors import UserError, expect
@@ -284,7 +283,7 @@ def read_own(folder):
             expect(split not in splits, path, f"a second {split} split; remove one")
             splits[split] = read_file(path) if kind else read_parallel(path)
         elif ending in ("tsv", "csv", "jsonl"):
-            print(f"warning: {path} is not read; splits are named train, dev and test", file=sys.stderr)
+            print(f"warning: {path} is not read; splits are named train, dev and test")
     expect("train" in splits, folder, f"no train split; add {KINDS}, named train")
     forms = {type(samples[0].text) for samples in splits.values()}
     expect(len(forms) == 1, folder, f"{', '.join(splits)} must be all of words and tags, all of texts, or all of pairs")

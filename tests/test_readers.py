@@ -72,7 +72,7 @@ def test_every_reader_gives_back_what_was_written(tmp_path, tokenizer, capsys, n
     """
     make_raw(tmp_path, name)
     assert load(name, tokenizer, tmp_path).train.lengths.min() > 2
-    assert "officially" in capsys.readouterr().err
+    assert "officially" in capsys.readouterr().out
     source, path = find(name, tmp_path)
     splits = source.reader(path)
     assert len(splits) == len(source.rows)
@@ -158,7 +158,7 @@ def test_own_data_that_is_off_is_refused_with_file_and_line(tmp_path, files, mes
 
 def test_a_file_with_another_name_is_not_passed_over_in_silence(tmp_path, capsys):
     read_own(write(tmp_path, {"train.tsv": TABLE, "eval.csv": "text,label\na,x\n", "README.md": "mine"}))
-    assert capsys.readouterr().err.count("warning: ") == 1
+    assert capsys.readouterr().out.count("warning: ") == 1
 
 
 def test_a_link_to_nowhere_is_not_taken_for_a_split_that_is_not_there(tmp_path):
