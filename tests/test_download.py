@@ -215,7 +215,7 @@ def test_the_command_lists_and_fetches(published, folder, monkeypatch, capsys):
         assert data.__main__.main(names) == 0
         assert re.search(rf"^cola .* {where}$", capsys.readouterr().out, re.M)
     assert data.__main__.main(["nope"]) == 2
-    monkeypatch.setattr(data.__main__, "fetch", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(download, "fetch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert data.__main__.main(["cola"]) == 130
     assert re.fullmatch("python -m data: error: .*\npython -m data: interrupted\n", capsys.readouterr().err)
 
