@@ -28,7 +28,8 @@ def figure(tasks, arms, path):
         for ax, task in zip(axes, tasks):
             panel(ax, task, {key: by_task[task] for key, by_task in arms.items() if task in by_task}, styles)
         handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-        fig.supxlabel("time, % of full data (along a line, the keep fraction falls from right to left)", size=9)
+        fig.supxlabel("time, % of full data (along a line, keep falls to the left; bars: 1 SD; hollow: under 3 seeds)",
+                      size=9)  # fmt: skip
         fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns + 2, frameon=False)
         fig.savefig(path.with_suffix(".svg"), metadata={"Date": None})  # the same file for the same content
         fig.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
@@ -42,12 +43,14 @@ def panel(ax, task, arms, styles):
     ax.plot([task.percent(arm.cost) for arm in task.baselines], full, color="black", ls="", marker=".")
     edge = min(full) - 1.5 * max(1.0, max(full) - min(full))
     for name, (color, marker) in styles.items():
-        points = sorted((task.percent(arm.cost), arm.mean, arm.deviation) for (_, method), arm in arms.items()
-                        if method == name)  # fmt: skip
+        points = sorted((task.percent(arm.cost), arm.mean, arm.deviation, len(arm.rows))
+                        for (_, method), arm in arms.items() if method == name)  # fmt: skip
         if not points:
             continue
-        times, means, spreads = map(np.array, zip(*points))
+        times, means, spreads, seeds = map(np.array, zip(*points))
         ax.plot(times, np.maximum(means, edge), color=color, marker=marker, ms=4.5, lw=1.2, zorder=3, label=name)
+        few, heights = seeds < 3, np.maximum(means, edge)
+        ax.plot(times[few], heights[few], color=color, marker=marker, ms=4.5, mfc="white", ls="", zorder=4)
         ax.errorbar(times, means, yerr=spreads, color=color, ls="", elinewidth=0.7, alpha=0.6)
         for time, accuracy in zip(times[means < edge], means[means < edge]):
             ax.annotate(f"{accuracy:.1f}", (time, edge), xytext=(5, 3), textcoords="offset points", size=7, color=color)

@@ -22,15 +22,20 @@ from errors import UserError, expect
 
 READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the time are means ± standard deviations
-over seeds. A run counts time in its own full epochs: seconds of training, scoring and selection, divided by the seconds
-that all tokens of an epoch take at the run's mean training speed. "To full data" is the difference to full data for the
-most epochs. "To equal time" is the difference to full data for fewer epochs at the same cost. Both are in points and
-paired by seed. From 3 seeds on, they have 95 % intervals. For each number of epochs on full data, the run with the best
-dev result counts. The equal-time curve is the upper concave envelope of these runs, and it never falls. Letters name
-machines; seconds compare only within one."""
+over seeds. Time is training, scoring and selection, in the run's own full epochs. One full epoch is the time for all
+its tokens at the run's mean training speed. "To full data" is the difference to full data for the most epochs. "To
+equal time" is the difference to full data for fewer epochs at the same cost. Both are in points and paired by seed.
+From 3 seeds on, they have 95 % intervals. For each number of epochs on full data, the run that is best on dev counts.
+The equal-time curve joins these runs by straight lines. It leaves out runs below it, and it never falls. The reported
+numbers choose these runs, and without a test split they choose the learning rate, too. This favours full data. Letters
+name machines. Seconds compare only within one machine, and only while nothing else ran on it."""
+MEANS = """\
+Each dataset counts as one value, and its seeds are in brackets. There is an interval where all have 3 seeds or more.
+Compare two lines only where they have the same datasets."""
 LEGEND = """\
-Time is in percent of full data. Highest EL2N is the paper's method, sampled EL2N is `--sample`, and n counts seeds. Of
-several settings of a method, the table has the one that is best on dev."""
+Time is in percent of full data. Highest EL2N is the paper's rule, sampled EL2N is `--sample`, and n counts seeds. If a
+method ran with several settings, the table has the best on dev. Do not subtract cells with different seeds: the full
+tables pair them."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
@@ -70,15 +75,24 @@ def plus_minus(values, digits=2):
     return f"{mean(values):.{digits}f}" + (f" ± {deviation(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def gain(values, n):
-    """Return a mean difference as text, with its 95 % interval from 3 values on. n: how many there should be."""
+def gain(values, n, seeds=3):
+    """Return a mean difference as text, with its 95 % interval from 3 values on.
+
+    n: how many values there should be. seeds: the fewest behind one of them; with fewer than 3 there is no interval.
+    """
     if not values:
         return "–"
     text = f"{mean(values):+.2f}"
-    if len(values) > 2:  # the interval of 2 says next to nothing
+    if len(values) > 2 and seeds > 2:  # the interval of 2 says next to nothing
         half = half_width(values)
         text += f" [{mean(values) - half:+.2f}, {mean(values) + half:+.2f}]"
     return text if len(values) == n else f"{text} (n {len(values)})"
+
+
+def mean_gain(gains):
+    """Return the mean over datasets of the gains of one method, as text. gains: for each dataset a list, one a seed."""
+    means = [mean(values) for values in gains if values]
+    return gain(means, len(gains), min(map(len, gains), default=0))
 
 
 def headline_arms(found):
@@ -97,7 +111,8 @@ def headline_arms(found):
 def headline(found, arms):
     """Return the blocks of the headline table: a line a method, a column a dataset, one number a cell."""
     titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
-    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found)]]
+    first = [task for task in found if task.measure == found[0].measure]  # the last column is the mean over these
+    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), "to equal time"]]
     for (keep, name), by_task in arms.items():
         times = sorted(round(task.percent(arm.cost)) for task, arm in by_task.items())
         span = dict.fromkeys(times[:1] + times[-1:])  # the shortest and the longest, once if they are the same
@@ -106,10 +121,14 @@ def headline(found, arms):
             arm = by_task.get(task)
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
-        table.append(cells)
+        gains = [task.to_equal_time(by_task[task]) for task in first if task in by_task]
+        everywhere = len(gains) == len(first) and all(gains)
+        table.append([*cells, f"{mean(map(mean, gains)):+.1f}" if everywhere else "–"])
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     caption = [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
+    names = ", ".join(task.title for task in first)
+    caption.append(f"To equal time: points above full data for fewer epochs at the same cost, mean over {names}.")
     return [table, " ".join([*caption, LEGEND])]
 
 
@@ -119,11 +138,11 @@ def over_datasets(found, arms):
     for measure in dict.fromkeys(task.measure for task in found):
         for (keep, name), by_task in arms.items():
             same = {task: arm for task, arm in by_task.items() if task.measure == measure}
-            full = [mean(values) for task, arm in same.items() if (values := task.to_full(arm))]
-            equal = [mean(values) for task, arm in same.items() if (values := task.to_equal_time(arm))]
-            if len(full) > 1:
-                table.append([measure, keep, name, ", ".join(task.title for task in same),
-                              gain(full, len(same)), gain(equal, len(same))])  # fmt: skip
+            full = [task.to_full(arm) for task, arm in same.items()]
+            equal = [task.to_equal_time(arm) for task, arm in same.items()]
+            if sum(map(bool, full)) > 1:
+                names = ", ".join(f"{task.title} ({len(arm.rows)})" for task, arm in same.items())
+                table.append([measure, keep, name, names, mean_gain(full), mean_gain(equal)])
     return table
 
 
@@ -152,14 +171,14 @@ def full_page(found, arms, wide):
     letters = {name: chr(65 + i) for i, name in enumerate(names)}
     blocks = [*headline(found, arms), READING]
     if len(means := over_datasets(found, arms)) > 1:
-        blocks += ["## Mean over datasets", "Each dataset counts as one value.", means]
+        blocks += ["## Mean over datasets", MEANS, means]
     for task in found:
         steps = [f"{arm.epochs} (lr {arm.args['lr']:g}{task.extras(arm)})" for arm in reversed(task.baselines)]
         text = f"Epochs on full data for equal time: {', '.join(steps) or 'none; make runs with --method full'}."
-        gains = [task.to_full(arm) for arm in task.arms if not arm.full]
+        gains = [task.to_equal_time(arm) for arm in task.arms]
         if spreads := [deviation(values) for values in gains if len(values) > 1]:
             seeds = 16 * median(spreads) ** 2 + 2  # where 2 * deviation / sqrt(n - 2) is 0.5
-            text += f" The median difference to full data varies by {median(spreads):.1f} points between seeds."
+            text += f" Between seeds, the gain to equal time has a standard deviation of {median(spreads):.1f} points."
             text += f" An interval of ±0.5 points takes about {seeds:.0f} seeds."
         blocks += [f"## {task.title}", text, full_table(task, letters, wide)]
     return [*blocks, "## Machines", [["letter", "machine"], *([letter, name] for name, letter in letters.items())]]

@@ -134,16 +134,29 @@ def test_different_metrics_are_never_averaged():
             rows.append({**one, "dev": {metric: value}, "test": {metric: value}})
     found = tasks(rows)
     _, line = report.over_datasets(found, report.headline_arms(found))
-    assert line[0] == "frame accuracy" and line[3] == "d, e" and line[4].startswith("-10.00")
+    assert line[0] == "frame accuracy" and line[3] == "d (1), e (1)" and line[4] == "-10.00"
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_a_mean_over_datasets_has_an_interval_only_where_each_has_3_seeds(seeds):
+    """Three datasets of one seed may agree by chance, and an interval of their means would be far too narrow."""
+    rows = []
+    for i, dataset in enumerate("def"):
+        n = seeds if dataset == "f" else 3
+        rows += [row(method, seed=seed, dataset=dataset, accuracy=value)
+                 for seed in range(n) for method, value in (("full", 90), ("el2n", 80 + i))]  # fmt: skip
+    found = tasks(rows)
+    _, line = report.over_datasets(found, report.headline_arms(found))
+    assert line[4] == ("-9.00 [-11.48, -6.52]" if seeds == 3 else "-9.00")
 
 
 def test_the_headline_has_the_equal_time_rows_and_the_arm_that_is_best_on_dev():
     rows = [*full(10, [90]), *full(5, [80]), row(accuracy=70, dev=10), row(accuracy=60, dev=20, lr=4e-4)]
     found = tasks(rows)
     (head, *lines), _ = report.headline(found, report.headline_arms(found))
-    assert head[3:] == ["d (n 1)"]
-    assert lines == [["all", "full data", "100 %", "90.0"], ["all", "full data, 5 epochs", "50 %", "80.0"],
-                     ["0.5", "highest EL2N", "60 %", "60.0"]]  # fmt: skip
+    assert head[3:] == ["d (n 1)", "to equal time"]
+    assert lines == [["all", "full data", "100 %", "90.0", "–"], ["all", "full data, 5 epochs", "50 %", "80.0", "–"],
+                     ["0.5", "highest EL2N", "60 %", "60.0", "-22.0"]]  # fmt: skip
 
 
 def test_seconds_are_a_mean_only_within_one_machine():
@@ -213,7 +226,7 @@ def test_pages_are_written_and_a_picture_where_matplotlib_is_installed(tmp_path,
     for page in ("headline.md", "results.md"):
         lines = [line for line in pages[page].read_text().splitlines() if line.startswith("|")]
         cells = [line.replace("\\\\", "").replace("\\|", "").count("|") - 1 for line in lines]
-        assert set(cells) <= {2, 4, 11}
+        assert set(cells) <= {2, 5, 11}
 
 
 def test_a_report_needs_no_torch():
