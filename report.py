@@ -173,7 +173,8 @@ def full_page(found, arms, wide):
     if len(means := over_datasets(found, arms)) > 1:
         blocks += ["## Mean over datasets", MEANS, means]
     for task in found:
-        steps = [f"{arm.epochs} (lr {arm.args['lr']:g}{task.extras(arm)})" for arm in reversed(task.baselines)]
+        steps = [f"{arm.epochs} (lr {arm.args['lr']:g}{task.extras(arm)}, n {len(arm.rows)})"
+                 for arm in reversed(task.baselines)]  # fmt: skip
         text = f"Epochs on full data for equal time: {', '.join(steps) or 'none; make runs with --method full'}."
         gains = [task.to_equal_time(arm) for arm in task.arms]
         if spreads := [deviation(values) for values in gains if len(values) > 1]:
