@@ -270,8 +270,9 @@ def summary(row, run):
     ]
     if row["selections"]:
         full = seconds["train"] * row["tokens_full"] / row["tokens_seen"]
-        lines.append(f"saved  {1 - seconds['total'] / full:.1%} of {full:.1f} s, the estimate for full data; --method "
-                     "full measures it")
+        same = max(1, round(args.epochs * seconds["total"] / full))
+        lines.append(f"saved  {1 - seconds['total'] / full:.1%} of {full:.1f} s, the estimate for full data; "
+                     f"--method full --epochs {same} takes about as long: compare it")
     if row["selections"] and args.dataset == "demo" and args.method != "random" and not (args.max_train or args.tune):
         found, planted = demo.errors_found(np.load(max((folder / "rounds").iterdir()))["scores"])
         lines.append(f"found  {found} of {planted} planted label errors among the {planted} highest scores")
