@@ -127,8 +127,8 @@ def headline(found, arms):
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     caption = [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
-    names = ", ".join(task.title for task in first)
-    caption.append(f"To equal time: points above full data for fewer epochs at the same cost, mean over {names}.")
+    over = f", mean over {', '.join(task.title for task in first)}" if len(first) > 1 else ""
+    caption.append(f"To equal time: points above full data for fewer epochs at the same cost{over}.")
     return [table, " ".join([*caption, LEGEND])]
 
 
