@@ -34,8 +34,8 @@ Each dataset counts as one value, and its seeds are in brackets. There is an int
 Compare two lines only where they have the same datasets."""
 LEGEND = """\
 Time is in percent of full data. Highest EL2N is the paper's rule, sampled EL2N is `--sample`, and n counts seeds. If a
-method ran with several settings, the table has the best on dev. Do not subtract cells with different seeds: the full
-tables pair them."""
+method ran with several settings, the table has the best on dev. It leaves out what fewer than half of the datasets
+have. Do not subtract cells with different seeds: the full tables pair them."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
@@ -96,7 +96,7 @@ def mean_gain(gains):
 
 
 def headline_arms(found):
-    """Return {(keep, method): {Task: arm}} of what a third of the Tasks has. Of several arms, take the best on dev."""
+    """Return {(keep, method): {Task: arm}} of what half of the Tasks have. Of several arms, take the best on dev."""
     candidates = {}
     for task in found:
         for arm in task.arms:
@@ -105,7 +105,7 @@ def headline_arms(found):
             key = (*arm.order[:5], -arm.epochs if other else -np.inf), arm.keep, name
             candidates.setdefault(key, {}).setdefault(task, []).append(arm)
     return {key[1:]: {task: best_on_dev(arms) for task, arms in candidates[key].items()}
-            for key in sorted(candidates) if 3 * len(candidates[key]) >= len(found)}  # fmt: skip
+            for key in sorted(candidates) if 2 * len(candidates[key]) >= len(found)}  # fmt: skip
 
 
 def headline(found, arms):
@@ -126,7 +126,9 @@ def headline(found, arms):
         table.append([*cells, f"{mean(map(mean, gains)):+.1f}" if everywhere else "–"])
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
-    caption = [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
+    models = dict.fromkeys(task.arms[0].args["model"].rpartition("/")[2] for task in found)
+    caption = [f"Model: {', '.join(models)}."]
+    caption += [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
     over = f", mean over {', '.join(task.title for task in first)}" if len(first) > 1 else ""
     caption.append(f"To equal time: points above full data for fewer epochs at the same cost{over}.")
     return [table, " ".join([*caption, LEGEND])]
