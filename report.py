@@ -25,17 +25,17 @@ A line is one method with one setting, and n counts its seeds. The metric and th
 over seeds. Time is training, scoring and selection, in the run's own full epochs. One full epoch is the time for all
 its tokens at the run's mean training speed. "To full data" is the difference to full data for the most epochs. "To
 equal time" is the difference to full data for fewer epochs at the same cost. Both are in points and paired by seed.
-From 3 seeds on, they have 95 % intervals. For each number of epochs on full data, the run that is best on dev counts.
-The equal-time curve joins these runs by straight lines. It leaves out runs below it, and it never falls. The reported
-numbers choose these runs, and without a test split they choose the learning rate, too. This favours full data. Letters
-name machines. Seconds compare only within one machine, and only while nothing else ran on it."""
+From 3 seeds on, they have 95 % intervals. For each number of epochs on full data, dev chooses the learning rate. The
+equal-time curve joins the best of these runs by straight lines, and it never falls. The reported numbers decide which
+runs it joins. This favours full data, above all where dev is reported. Letters name machines. Seconds compare only
+within one machine, and only while nothing else ran on it."""
 MEANS = """\
-Each dataset counts as one value, and its seeds are in brackets. There is an interval where all have 3 seeds or more.
-Compare two lines only where they have the same datasets."""
+Each dataset counts as one value, and its seeds are in brackets. There is an interval only where all have 3 seeds or
+more. Compare two lines only where they have the same datasets."""
 LEGEND = """\
 Time is in percent of full data. Highest EL2N is the paper's rule, sampled EL2N is `--sample`, and n counts seeds. If a
-method ran with several settings, the table has the best on dev. It leaves out what fewer than half of the datasets
-have. Do not subtract cells with different seeds: the full tables pair them."""
+method ran with several settings, the table has the best on dev. It omits methods that ran on fewer than half of the
+datasets. Do not subtract cells with different seeds: the full tables pair them."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
