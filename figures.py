@@ -40,7 +40,9 @@ def panel(ax, task, arms, styles):
     curve = [(task.percent(cost), accuracy) for cost, accuracy, _ in task.corners]
     full = [arm.mean for arm in task.baselines]
     ax.plot(*zip(*curve), color="black", lw=1.5, label="full data, equal time")
-    ax.plot([task.percent(arm.cost) for arm in task.baselines], full, color="black", ls="", marker=".")
+    for arm in task.baselines:
+        fill = "white" if len(arm.rows) < 3 else "black"
+        ax.plot(task.percent(arm.cost), arm.mean, color="black", marker="o", ms=3, mfc=fill, zorder=3)
     edge = min(full) - 1.5 * max(1.0, max(full) - min(full))
     for name, (color, marker) in styles.items():
         points = sorted((task.percent(arm.cost), arm.mean, arm.deviation, len(arm.rows))

@@ -10,6 +10,7 @@
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean, median
 from textwrap import fill
@@ -30,8 +31,8 @@ equal-time curve joins the best of these runs by straight lines, and it never fa
 runs it joins. This favours full data, above all where dev is reported. Letters name machines. Seconds compare only
 within one machine, and only while nothing else ran on it."""
 MEANS = """\
-Each dataset counts as one value, and its seeds are in brackets. There is an interval only where all have 3 seeds or
-more. Compare two lines only where they have the same datasets."""
+Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
+There is an interval only where all have 3 or more. Compare two lines only where they have the same datasets."""
 LEGEND = """\
 Time is in percent of full data. Highest EL2N is the paper's rule, sampled EL2N is `--sample`, and n counts seeds. If a
 method ran with several settings, the table has the best on dev. It omits methods that ran on fewer than half of the
@@ -122,15 +123,17 @@ def headline(found, arms):
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
         gains = [task.to_equal_time(by_task[task]) for task in first if task in by_task]
-        everywhere = len(gains) == len(first) and all(gains)
-        table.append([*cells, f"{mean(map(mean, gains)):+.1f}" if everywhere else "–"])
+        table.append([*cells, f"{mean(map(mean, gains)):+.1f}" if len(gains) == len(first) and all(gains) else "–"])
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     models = dict.fromkeys(task.arms[0].args["model"].rpartition("/")[2] for task in found)
     caption = [f"Model: {', '.join(models)}."]
     caption += [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
-    over = f", mean over {', '.join(task.title for task in first)}" if len(first) > 1 else ""
-    caption.append(f"To equal time: points above full data for fewer epochs at the same cost{over}.")
+    if all(line[-1] == "–" for line in table[1:]):
+        table = [line[:-1] for line in table]
+    else:
+        over = f", mean over {'; '.join(task.title for task in first)}" if len(first) > 1 else ""
+        caption.append(f"To equal time: points above full data for fewer epochs at the same cost{over}.")
     return [table, " ".join([*caption, LEGEND])]
 
 
@@ -202,7 +205,8 @@ def likely_errors(folder, count):
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         args, digest = facts["args"], facts["data"]
         dataset, method = args["dataset"], args["method"]
-        splits = data.read(dataset, args["data_dir"], args["max_train"], args.get("tune"))
+        with redirect_stdout(sys.stderr):  # its warnings are no part of the page
+            splits = data.read(dataset, args["data_dir"], args["max_train"], args.get("tune"))
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes NumPy or json raise

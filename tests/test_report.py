@@ -157,6 +157,8 @@ def test_the_headline_has_the_equal_time_rows_and_the_arm_that_is_best_on_dev():
     assert head[3:] == ["d (n 1)", "to equal time"]
     assert lines == [["all", "full data", "100 %", "90.0", "–"], ["all", "full data, 5 epochs", "50 %", "80.0", "–"],
                      ["0.5", "highest EL2N", "60 %", "60.0", "-22.0"]]  # fmt: skip
+    found = tasks([row()])  # without full data there is no such column
+    assert report.headline(found, report.headline_arms(found))[0][0][3:] == ["d (n 1)"]
 
 
 def test_seconds_are_a_mean_only_within_one_machine():
