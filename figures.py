@@ -50,8 +50,8 @@ def panel(ax, task, arms, styles):
         if not points:
             continue
         times, means, spreads, seeds = map(np.array, zip(*points))
-        ax.plot(times, np.maximum(means, edge), color=color, marker=marker, ms=4.5, lw=1.2, zorder=3, label=name)
-        few, heights = seeds < 3, np.maximum(means, edge)
+        heights, few = np.maximum(means, edge), seeds < 3
+        ax.plot(times, heights, color=color, marker=marker, ms=4.5, lw=1.2, zorder=3, label=name)
         ax.plot(times[few], heights[few], color=color, marker=marker, ms=4.5, mfc="white", ls="", zorder=4)
         ax.errorbar(times, means, yerr=spreads, color=color, ls="", elinewidth=0.7, alpha=0.6)
         for time, accuracy in zip(times[means < edge], means[means < edge]):

@@ -21,10 +21,10 @@ def main(argv=None):
     names = p.parse_args(argv).datasets
     try:
         for name in names or DATASETS:
-            source, path = find(name)
+            (source, path), files = find(name), FILES.get(name, ())
             if names:
-                download.fetch(name, source, path, FILES.get(name, ()))
-            here = "generated" if path is None else "no" if download.absent(path, FILES.get(name, ())) else path
+                download.fetch(name, source, path, files)
+            here = "generated" if path is None else "no" if download.absent(path, files) else path
             task, rows = "classification" if source.classifies else "intent, slots", " / ".join(map(str, source.rows))
             print(f"{name:<6} {task:<14}  {rows:<22}  {source.licence:<20}  on disk: {here}")
     except UserError as error:
