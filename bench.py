@@ -18,7 +18,7 @@ import torch
 
 from data import DEFAULT_MODEL, batches, load, load_tokenizer, sorted_batches
 from engine import FlatAdamW, has_bf16, limit_vocabulary, set_matmul_backend, transformers_forward
-from errors import UserError
+from errors import Parser, UserError
 from flags import count, device, positive
 from models import build_model, infer, losses
 from runs import Clock, environment
@@ -132,7 +132,7 @@ def table(args, rates, shares):
 
 def main(argv=None):
     """Measure and print. Returns the exit status."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="demo", help="as in train.py")
     p.add_argument("--data-dir", help="as in train.py")
     p.add_argument("--device", type=device, default="auto", help="as in train.py")

@@ -125,16 +125,18 @@ class Arm:
 class Task:
     """The arms that may be compared with one another, and what full data reaches in the same time.
 
+    further: the flags, as text, in which other Tasks differ. kind: the measure, and further; a mean is over one kind.
     full: the arm on full data with the most epochs, or None. epochs: its number, else the highest. baselines: an arm on
     full data for each number of epochs, the most first. corners: those of the equal-time curve, by `envelope`.
     """
 
-    def __init__(self, title, rows):
+    def __init__(self, dataset, further, rows):
         by_arm = {}
         for row in rows:
             by_arm.setdefault(json.dumps(settings(row["args"]), sort_keys=True), []).append(row)
-        self.title, self.arms = clean(title), sorted(map(Arm, by_arm.values()), key=lambda arm: arm.order)
+        self.arms = sorted(map(Arm, by_arm.values()), key=lambda arm: arm.order)
         self.metric, self.measure = rows[0]["metric"], METRICS.get(rows[0]["metric"], rows[0]["metric"])
+        self.title, self.kind = (clean(", ".join([name, *further])) for name in (dataset, self.measure))
         self.split = rows[0]["split"]
         by_epochs = groupby((arm for arm in self.arms if arm.full), key=lambda arm: arm.epochs)
         self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
@@ -186,7 +188,7 @@ def tasks(rows):
     for same in by_task.values():
         args = same[0]["args"]
         further = [f"{flag.replace('_', '-')} {args[flag]}" for flag in differing if args.get(flag)]
-        found.append(Task(", ".join([args["dataset"], *further]), same))
+        found.append(Task(args["dataset"], further, same))
     return sorted(found, key=lambda task: [*METRICS, task.metric].index(task.metric))
 
 

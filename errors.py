@@ -1,8 +1,17 @@
-"""The error that a user can mend."""
+"""Errors that a user can mend, each in one line."""
+
+import argparse
 
 
 class UserError(ValueError):
     """An input that cannot be used. The message is one line: flag or file, what is wrong, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a wrong flag without the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
 def expect(ok, where, message):

@@ -8,7 +8,7 @@ import torch
 
 from data import DATASETS, DEFAULT_MODEL, default_folder, find
 from engine import has_bf16
-from errors import one_line
+from errors import Parser, one_line
 from scoring import METHODS, SCORES
 
 # The pruning flags that have an effect with each method. Every other one is refused.
@@ -88,8 +88,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 def parser(description):
     """Return the argument parser. Flags whose default depends on others are absent from the result if not given."""
-    p = argparse.ArgumentParser(prog="train.py", description=description, allow_abbrev=False, formatter_class=Help)
-    p.error = lambda message: p.exit(2, f"train.py: error: {message}; see --help\n")  # without the whole usage
+    p = Parser(prog="train.py", description=description, allow_abbrev=False, formatter_class=Help)
     late = {"default": argparse.SUPPRESS}
 
     add = p.add_argument_group("data").add_argument

@@ -19,7 +19,7 @@ import numpy as np
 
 import figures
 from compare import best_on_dev, clean, deviation, half_width, read_rows, tasks
-from errors import UserError, expect
+from errors import Parser, UserError, expect
 
 READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the time are means ± standard deviations
@@ -112,7 +112,7 @@ def headline_arms(found):
 def headline(found, arms):
     """Return the blocks of the headline table: a line a method, a column a dataset, one number a cell."""
     titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
-    first = [task for task in found if task.measure == found[0].measure]  # the last column is the mean over these
+    first = [task for task in found if task.kind == found[0].kind]  # the last column is the mean over these
     table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), "to equal time"]]
     for (keep, name), by_task in arms.items():
         times = sorted(round(task.percent(arm.cost)) for task, arm in by_task.items())
@@ -123,7 +123,7 @@ def headline(found, arms):
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
         gains = [task.to_equal_time(by_task[task]) for task in first if task in by_task]
-        table.append([*cells, f"{mean(map(mean, gains)):+.1f}" if len(gains) == len(first) and all(gains) else "–"])
+        table.append([*cells, mean_gain(gains) if len(gains) == len(first) and all(gains) else "–"])
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     models = dict.fromkeys(task.arms[0].args["model"].rpartition("/")[2] for task in found)
@@ -140,14 +140,14 @@ def headline(found, arms):
 def over_datasets(found, arms):
     """Return the table of means over datasets. It never averages different metrics, and a dataset is one value."""
     table = [["metric", "keep", "method", "datasets", "to full data", "to equal time"]]
-    for measure in dict.fromkeys(task.measure for task in found):
+    for kind in dict.fromkeys(task.kind for task in found):
         for (keep, name), by_task in arms.items():
-            same = {task: arm for task, arm in by_task.items() if task.measure == measure}
+            same = {task: arm for task, arm in by_task.items() if task.kind == kind}
             full = [task.to_full(arm) for task, arm in same.items()]
             equal = [task.to_equal_time(arm) for task, arm in same.items()]
             if sum(map(bool, full)) > 1:
                 names = ", ".join(f"{task.title} ({len(arm.rows)})" for task, arm in same.items())
-                table.append([measure, keep, name, names, mean_gain(full), mean_gain(equal)])
+                table.append([kind, keep, name, names, mean_gain(full), mean_gain(equal)])
     return table
 
 
@@ -256,7 +256,7 @@ def report_runs(paths, to):
 
 def main(argv=None):
     """Print a report, and write it with --to. Returns the exit status: 0, or 2 where there is nothing to report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help=".jsonl files, folders of runs, or one run's folder")
     parser.add_argument("--to", type=Path, metavar="DIR", help="write Markdown and pictures to this folder")
     parser.add_argument("--errors", type=int, default=20, metavar="N", help="samples to show of one run (default: 20)")

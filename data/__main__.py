@@ -9,14 +9,14 @@ Raw files are in $DATA_DIR, or in data/raw.
 import argparse
 import sys
 
-from errors import UserError
+from errors import Parser, UserError
 
 from . import DATASETS, FILES, download, find
 
 
 def main(argv=None):
     """List or download datasets. Returns the exit status: 0, 2 or 130."""
-    p = argparse.ArgumentParser("python -m data", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("python -m data", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("datasets", nargs="*", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
     names = p.parse_args(argv).datasets
     try:

@@ -137,6 +137,15 @@ def test_different_metrics_are_never_averaged():
     assert line[0] == "frame accuracy" and line[3] == "d (1), e (1)" and line[4] == "-10.00"
 
 
+def test_a_mean_over_datasets_is_of_one_model():
+    values = {("full", "a"): 90, ("el2n", "a"): 80, ("full", "b"): 90, ("el2n", "b"): 70}
+    found = tasks([row(method, dataset=dataset, model=model, accuracy=value)
+                   for dataset in "de" for (method, model), value in values.items()])  # fmt: skip
+    _, *lines = report.over_datasets(found, report.headline_arms(found))
+    assert [(line[0], line[4]) for line in lines] == [("frame accuracy, model a", "-10.00"),
+                                                      ("frame accuracy, model b", "-20.00")]  # fmt: skip
+
+
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_a_mean_over_datasets_has_an_interval_only_where_each_has_3_seeds(seeds):
     """Three datasets of one seed may agree by chance, and an interval of their means would be far too narrow."""
@@ -156,7 +165,7 @@ def test_the_headline_has_the_equal_time_rows_and_the_arm_that_is_best_on_dev():
     (head, *lines), _ = report.headline(found, report.headline_arms(found))
     assert head[3:] == ["d (n 1)", "to equal time"]
     assert lines == [["all", "full data", "100 %", "90.0", "–"], ["all", "full data, 5 epochs", "50 %", "80.0", "–"],
-                     ["0.5", "highest EL2N", "60 %", "60.0", "-22.0"]]  # fmt: skip
+                     ["0.5", "highest EL2N", "60 %", "60.0", "-22.00"]]  # fmt: skip
     found = tasks([row()])  # without full data there is no such column
     assert report.headline(found, report.headline_arms(found))[0][0][3:] == ["d (n 1)"]
 
