@@ -99,7 +99,7 @@ def measure(args):
     """Return samples a second of each variant, and the share of padding in the batches of each loop, as two dicts."""
     tokenizer, rng = load_tokenizer(args.model), np.random.default_rng(0)
     data = load(args.dataset, tokenizer, args.data_dir, max_train=args.max_train)
-    split = data.train = data.train.to(args.device)
+    split = data.train.to(args.device)  # a model is tried out on the CPU, with data.train
     everything = np.arange(len(split))
     plain_batches = np.split(rng.permutation(everything), range(args.batch_size, len(split), args.batch_size))
     our_batches = batches(split.lengths, everything, args.batch_size, rng)

@@ -55,17 +55,15 @@ def process_group(args):
         distributed.init_process_group("nccl" if on_gpu else "gloo")
     except (ValueError, KeyError, RuntimeError) as error:  # a variable is missing, or there are too few GPUs
         raise UserError(f"WORLD_SIZE={world}: the other processes cannot be reached ({one_line(error)}); start several "
-                        "processes with torchrun, or unset WORLD_SIZE") from None
-    try:
-        if rank() == 0:
+                        "processes with torchrun, one for each GPU or with --device cpu; or unset WORLD_SIZE") from None
+    if rank() == 0:
+        yield
+    else:
+        scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with scratch as args.out, open(os.devnull, "w") as silence, redirect_stdout(silence):
+            args.no_model = True
             yield
-        else:
-            scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-            with scratch as args.out, open(os.devnull, "w") as silence, redirect_stdout(silence):
-                args.no_model = True
-                yield
-    finally:
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()  # not after an error: it would wait for the other processes
 
 
 def lost_process(error):

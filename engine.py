@@ -19,7 +19,8 @@ from distributed import all_reduce_sum
 def has_bf16(device):
     """Return whether the hardware computes in bf16 (a CPU: AVX512-BF16 or AMX). Emulated bf16 is slower than fp32."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # missing in some PyTorch versions
     return torch.device(device).type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
 

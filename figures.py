@@ -28,8 +28,7 @@ def figure(tasks, arms, path):
         for ax, task in zip(axes, tasks):
             panel(ax, task, {key: by_task[task] for key, by_task in arms.items() if task in by_task}, styles)
         handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-        fig.supxlabel("time, % of full data (along a line, keep falls to the left; bars: 1 SD; hollow: under 3 seeds)",
-                      size=9)  # fmt: skip
+        fig.supxlabel("time, % of full data (numbers: keep; bars: 1 SD; hollow: under 3 seeds)", size=9)
         fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns + 2, frameon=False)
         fig.savefig(path.with_suffix(".svg"), metadata={"Date": None})  # the same file for the same content
         fig.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
@@ -39,22 +38,23 @@ def panel(ax, task, arms, styles):
     """Draw one Task. A point far below full data sits at the lower edge, beside its value."""
     curve = [(task.percent(cost), accuracy) for cost, accuracy, _ in task.corners]
     full = [arm.mean for arm in task.baselines]
-    ax.plot(*zip(*curve), color="black", lw=1.5, label="full data, equal time")
+    ax.plot(*zip(*curve), color="black", lw=1.5, label="full data, the best so far")
     for arm in task.baselines:
         fill = "white" if len(arm.rows) < 3 else "black"
         ax.plot(task.percent(arm.cost), arm.mean, color="black", marker="o", ms=3, mfc=fill, zorder=3)
     edge = min(full) - 1.5 * max(1.0, max(full) - min(full))
     for name, (color, marker) in styles.items():
-        points = sorted((task.percent(arm.cost), arm.mean, arm.deviation, len(arm.rows))
-                        for (_, method), arm in arms.items() if method == name)  # fmt: skip
+        points = sorted((task.percent(arm.cost), arm.mean, arm.deviation, len(arm.rows), keep)
+                        for (keep, method), arm in arms.items() if method == name)  # fmt: skip
         if not points:
             continue
-        times, means, spreads, seeds = map(np.array, zip(*points))
+        times, means, spreads, seeds, keeps = map(np.array, zip(*points))
         heights, few = np.maximum(means, edge), seeds < 3
         ax.plot(times, heights, color=color, marker=marker, ms=4.5, lw=1.2, zorder=3, label=name)
         ax.plot(times[few], heights[few], color=color, marker=marker, ms=4.5, mfc="white", ls="", zorder=4)
         ax.errorbar(times, means, yerr=spreads, color=color, ls="", elinewidth=0.7, alpha=0.6)
-        for time, accuracy in zip(times[means < edge], means[means < edge]):
-            ax.annotate(f"{accuracy:.1f}", (time, edge), xytext=(5, 3), textcoords="offset points", size=7, color=color)
-    ax.set(title=task.title, ylabel=f"{task.measure}, %", xlim=(None, 103))
+        for time, height, accuracy, keep in zip(times, heights, means, keeps):
+            text = keep if accuracy >= edge else f"{keep}: {accuracy:.1f}"
+            ax.annotate(text, (time, height), xytext=(4, 3), textcoords="offset points", size=7, color=color)
+    ax.set(title=task.title, ylabel=f"{task.measure}, %")
     ax.set_ylim(bottom=max(edge - 0.03 * (max(full) - edge), ax.get_ylim()[0]))

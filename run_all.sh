@@ -6,34 +6,34 @@
 #   PAPER=1 bash run_all.sh          the paper's setting: RoBERTa-base, 40 epochs (GLUE: 10), constant rate, 5 seeds
 #   DATASETS="atis snips" SEEDS=0 RATES=3e-5 MODEL=roberta-base OUT=runs/mine bash run_all.sh --batch-size 16
 #
-# Flags at the end go to every run. The first seed tries two learning rates, and the other seeds take the better one on
-# dev. GLUE reports dev, so there a tenth of train decides. --list lists the other seeds once the first has finished.
+# Flags at the end go to every run. The first seed tries two learning rates. The others take the better one: on dev, or
+# on a tenth of train where dev is reported. --list lists the other seeds once the first has finished.
 set -euo pipefail
 cd "$(dirname "$0")"
-case " $* " in *" --lr"*) echo "run_all.sh: set RATES=… instead of --lr" >&2; exit 2 ;; esac
+case " $*" in *" --lr"* | *" --epochs"* | *" --seed"* | *" --out"*)
+    echo "run_all.sh: leave out --lr, --epochs, --seed and --out; set RATES, SEEDS and OUT" >&2; exit 2 ;; esac
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
 out=${OUT:-runs/all${MODEL:+-$(basename "$MODEL")}} seeds=${SEEDS:-0 1 2} E=10
 datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte}
 if [ "${SMOKE:-}" ]; then
-    out=${OUT:-runs/smoke} datasets=${DATASETS:-demo} seeds=${SEEDS:-0} RATES=${RATES:-2e-4} E=5
+    out=${OUT:-runs/smoke} datasets=${DATASETS:-demo} seeds=${SEEDS:-0} RATES=${RATES:-2e-4} E=5 PAPER=
     set -- --max-train 128 --batch-size 16 "$@"
 elif [ "${PAPER:-}" ]; then
     out=${OUT:-runs/paper} seeds=${SEEDS:-0 1 2 3 4} MODEL=${MODEL:-roberta-base} RATES=${RATES:-2e-5}
 fi
-always=(--no-model --resume "$@") failed=0
+out=${out%/} always=(--no-model --resume "$@") failed=0
 
 run() { # run FLAGS…: one run. A failure does not keep the next run from starting.
     local command=(python train.py --dataset "$dataset" $paper "$@" ${MODEL:+--model "$MODEL"} "${always[@]}") status=0
     if [ "$list" ]; then printf '%q ' "${command[@]}"; echo; return; fi
     "${command[@]}" || status=$?
-    if [ $status = 130 ] || [ $status = 143 ]; then exit $status; fi # interrupted
-    if [ $status -ne 0 ]; then failed=$((failed + 1)); fi
+    case $status in 0) ;; 130 | 143) exit $status ;; *) failed=$((failed + 1)) ;; esac # 130, 143: interrupted
 }
 
 arm() { # arm NAME FLAGS…: the runs of one arm.
     local folder=$out/${dataset##*/}-$1 trials=$out/${dataset##*/}-$1 tune= rate best=$rates first=${seeds%% *} tried=
     shift
-    if [ "$glue" ]; then trials=$out-tune/${folder##*/} tune=--tune; fi
+    if [ "$no_test" ]; then trials=$out-tune/${folder##*/} tune=--tune; fi
     if [[ $rates == *" "* ]]; then
         for rate in $rates; do run "$@" --seed "$first" --lr "$rate" $tune --out "$trials"; done
         [ -d "$trials" ] || return 0
@@ -45,9 +45,10 @@ arm() { # arm NAME FLAGS…: the runs of one arm.
 }
 
 for dataset in $datasets; do
-    dataset=${dataset%/} epochs=$E tau= cycle= glue= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
-    case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) glue=1 rates=${RATES:-1e-4 2e-4} ;; esac
-    if [ "${PAPER:-}" ] && [ ! $glue ]; then # the paper clips the sum of a batch's losses, we clip their mean
+    dataset=${dataset%/} epochs=$E tau= cycle= no_test= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
+    case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) no_test=1 rates=${RATES:-1e-4 2e-4} ;;
+    *) if [ -d "$dataset" ] && ! compgen -G "$dataset/test*" >/dev/null; then no_test=1; fi ;; esac
+    if [ "${PAPER:-}" ] && [ ! $no_test ]; then # the paper clips the sum of a batch's losses, we clip their mean
         epochs=40 tau="--full-epochs 4" cycle="--cycle 4" paper="$paper --clip 0.03125"
     fi
 

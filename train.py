@@ -163,8 +163,8 @@ def fine_tune(args, clock, start):
 def check_sizes(args, labels):
     """Raise UserError where a batch or a selection would be too small. labels: (N,) int, of the train samples."""
     size, least = kept_size(len(labels), args.keep or 1), 2 * world_size()
-    expect(least == 2 or args.batch_size >= least, f"--batch-size {args.batch_size}",
-           f"{world_size()} processes need at least {least}")  # fmt: skip
+    expect(least == 2 or min(args.batch_size, len(labels)) >= least, f"--batch-size {args.batch_size}",
+           f"{world_size()} processes need at least {least}, and as many samples")  # fmt: skip
     expect(size >= args.batch_size or args.method in ("full", "infobatch"), f"--keep {args.keep}", f"keeps {size} of "
            f"{len(labels)} samples, less than one batch of {args.batch_size}; raise --keep or lower --batch-size")
     if args.class_floor:

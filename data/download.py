@@ -41,7 +41,7 @@ def read_sources():
 
 def absent(folder, files):
     """Return those of `files` that are not in `folder`."""
-    return [file for file in files if not (Path(folder) / file.path).is_file()]
+    return [file for file in files if not os.path.isfile(Path(folder, file.path))]
 
 
 def fetch(name, source, folder, files):

@@ -162,6 +162,9 @@ def encode(samples, tokenizer, max_length, label_ids, tag_ids):
     joint, pairs = samples[0].tags is not None, isinstance(samples[0].text, tuple)
     expect(not joint or words_match(tokenizer), f"--model {tokenizer.name_or_path}",
            "its tokenizer splits single words differently from text; choose another model for intents and slots")
+    least = tokenizer.num_special_tokens_to_add(pairs) + 1
+    expect(max_length >= least, f"--max-length {max_length}", f"take at least {least}, as this model has {least - 1} "
+           "special tokens")  # fmt: skip
     typed = pairs and "token_type_ids" in tokenizer.model_input_names  # RoBERTa has no segments
     dropped = dropped_words(samples, tokenizer) if joint else {}
     tokens, types, tags, offsets, truncated = array("i"), array("b"), array("i"), array("q", [0]), 0

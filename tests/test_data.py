@@ -105,6 +105,8 @@ def test_pairs_are_encoded_as_the_tokenizer_does(tokenizer):
     assert batch.tokens.tolist() == wanted["input_ids"].tolist()
     assert batch.types.tolist() == wanted["token_type_ids"].tolist()
     assert batch.tags is None
+    with refused_with("--max-length 3: take at least 4"):  # the tokenizer would not cut anything then
+        encode([Sample(pairs[0], "a")], tokenizer, 3, {"a": 0}, {})
 
 
 SENTENCES = ["wake me up at 7:30", "play some jazz", "what's the weather like", "text mom that i'm late", "up up up"]

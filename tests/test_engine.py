@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import GPU
 from torch.optim import AdamW
 from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
@@ -151,9 +152,10 @@ def test_bf16_trains_a_rounded_copy_and_leaves_fp32_weights(model, demo_data):
     assert torch.equal(weights(), optimizer.master)
 
 
-def test_the_benchmark_gives_its_figures(tiny, capsys):
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_the_benchmark_gives_its_figures(tiny, device, capsys):
     assert bench.main(["--model", tiny, "--max-train", "200", "--rounds", "1", "--seconds", "0.05", "--device",
-                       "cpu"]) == 0  # fmt: skip
+                       device]) == 0  # fmt: skip
     lines = re.findall(r"^fp32 (training|scoring) +(\d+) +(\d+) +(\d+\.\d+)$", capsys.readouterr().out, re.M)
     assert [phase for phase, *_ in lines] == ["training", "scoring"]
     assert all(int(ours) / int(plain) == pytest.approx(float(ratio), rel=0.1) for _, plain, ours, ratio in lines)

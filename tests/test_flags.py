@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from conftest import ROOT, data_folder, log_of, only_folder, refused, rounds_of
+from conftest import ROOT, data_folder, log_of, only_folder, refused, rounds_of, write
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -56,13 +56,32 @@ def test_learning_rate_and_smoothing_depend_on_the_task():
     assert [(one.ema, one.std_weight) for one in args] == [(0.8, 1.0)] * 2 + [(1.0, 0.0)] * 2
 
 
+def run_all(*flags, **environment):
+    """Return the commands that run_all.sh lists."""
+    listed = subprocess.run(["bash", ROOT / "run_all.sh", "--list", *flags], capture_output=True, text=True, check=True,
+                            env={"PATH": "/usr/bin:/bin", **environment})  # fmt: skip
+    return [line.split() for line in listed.stdout.splitlines()]
+
+
 @pytest.mark.parametrize("environment", [{}, {"SMOKE": "1"}, {"PAPER": "1"}])
 def test_run_all_lists_commands_that_are_valid_and_differ(environment):
-    listed = subprocess.run(["bash", ROOT / "run_all.sh", "--list"], capture_output=True, text=True, check=True,
-                            env={"PATH": "/usr/bin:/bin", **environment})  # fmt: skip
-    commands = [command.split() for command in listed.stdout.splitlines()]
+    commands = run_all(**environment)
     assert all(command[:2] == ["python", "train.py"] for command in commands)
     assert len({str(flags.parse(command[2:], "")) for command in commands}) == len(commands) > 2
+
+
+def test_run_all_chooses_no_rate_on_the_split_that_it_reports(tmp_path):
+    """Without a test split that is dev. The runs that choose the rate must not get into the report's folder either."""
+    write(tmp_path, {"own/train.csv": "text,label\n"})
+    for dataset in ("cola", str(tmp_path / "own")):
+        trials = run_all(DATASETS=dataset, SEEDS="0", OUT="runs/mine/")
+        assert all("--tune" in trial and "runs/mine-tune/" in trial[trial.index("--out") + 1] for trial in trials)
+
+
+@pytest.mark.parametrize("flag", ["--epochs=3", "--seed", "--lr", "--out"])
+def test_run_all_refuses_flags_that_would_make_all_runs_alike(flag):
+    with pytest.raises(subprocess.CalledProcessError):
+        run_all(flag, "1")
 
 
 # ---- the learning rate
