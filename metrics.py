@@ -53,7 +53,7 @@ CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 def evaluate(data, name, labels, tags):
     """Return metrics of predictions on the split `name` of a Dataset, in percent.
 
-    labels: (N,) ids; tags: for each sample the ids of its words, of which the last may be missing. A word without a
+    labels: (N,) ids. tags: for each sample the ids of its words. The last words may lack one. A word without a
     prediction breaks every span it is in, and is wrong even where O was right.
     """
     gold = data.gold[name]

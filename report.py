@@ -34,9 +34,10 @@ MEANS = """\
 Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
 There is an interval only where all have 3 or more. Compare two lines only where they have the same datasets."""
 LEGEND = """\
-Time is in percent of full data. Highest EL2N is the paper's rule, sampled EL2N is `--sample`, and n counts seeds. If a
-method ran with several settings, the table has the best on dev. It omits methods that ran on fewer than half of the
-datasets. Do not subtract cells with different seeds: the full tables pair them."""
+Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
+rule. Sampled EL2N is `--sample`. n counts seeds. If a method ran with several settings, the table shows the one that is
+best on dev. It omits methods that ran on fewer than half of the datasets. Compare only cells of equal n. The full
+tables pair runs by seed."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
@@ -133,7 +134,7 @@ def headline(found, arms):
         table = [line[:-1] for line in table]
     else:
         over = f", mean over {'; '.join(task.title for task in first)}" if len(first) > 1 else ""
-        caption.append(f"To equal time: points above full data for fewer epochs at the same cost{over}.")
+        caption.append(f"To equal time: points above full data for fewer epochs in the same time{over}.")
     return [table, " ".join([*caption, LEGEND])]
 
 

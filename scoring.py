@@ -92,7 +92,7 @@ class Scorer(torch.nn.Module):
     """The newest score of every sample of a split, (N,) fp32. It is a module so that its buffers can be saved.
 
     rescore: "all" makes a scoring pass when scores are asked for. "none" takes each score from the sample's last
-    training step: it costs next to nothing, but dropout was on and the model was younger. Forgetting and infobatch
+    training step. It costs next to nothing, but dropout was on and the model was younger. Forgetting and infobatch
     always score this way.
     """
 

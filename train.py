@@ -2,8 +2,8 @@
 
     python train.py --dataset snips --keep 0.5
 
-Train τ epochs on everything. Then, every T epochs, score all samples, keep the fraction k with the highest scores, and
-train on them until the next selection. With --sample, draw the fraction in proportion to the scores.
+Train τ epochs on everything. Every T epochs, score all samples, and keep the fraction k with the highest scores. Train
+on them until the next selection. With --sample, draw the fraction, with chances in proportion to the scores.
 """
 
 import time
