@@ -183,7 +183,7 @@ def full_page(found, arms, wide):
                  for arm in reversed(task.baselines)]  # fmt: skip
         text = f"Epochs on full data for equal time: {', '.join(steps) or 'none; make runs with --method full'}."
         gains = [task.to_equal_time(arm) for arm in task.arms]
-        if spreads := [deviation(values) for values in gains if len(values) > 1]:
+        if spreads := [deviation(values) for values in gains if len(values) > 2]:
             seeds = 16 * median(spreads) ** 2 + 2  # where 2 * deviation / sqrt(n - 2) is 0.5
             text += f" Between seeds, the gain to equal time has a standard deviation of {median(spreads):.1f} points."
             text += f" An interval of ±0.5 points takes about {seeds:.0f} seeds."
