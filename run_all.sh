@@ -46,9 +46,9 @@ arm() { # arm NAME FLAGS…: the runs of one arm.
 
 for dataset in $datasets; do
     dataset=${dataset%/} epochs=$E tau= cycle= no_test= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
-    case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) no_test=1 rates=${RATES:-1e-4 2e-4} ;;
-    *) if [ -d "$dataset" ] && ! compgen -G "$dataset/test*" >/dev/null; then no_test=1; fi ;; esac
-    if [ "${PAPER:-}" ] && [ ! $no_test ]; then # the paper clips the sum of a batch's losses, we clip their mean
+    case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) no_test=glue rates=${RATES:-1e-4 2e-4} ;;
+    *) if [ -d "$dataset" ] && ! compgen -G "$dataset/test*" >/dev/null; then no_test=own; fi ;; esac
+    if [ "${PAPER:-}" ] && [ "$no_test" != glue ]; then # the paper clips the sum of a batch's losses, we their mean
         epochs=40 tau="--full-epochs 4" cycle="--cycle 4" paper="$paper --clip 0.03125"
     fi
 

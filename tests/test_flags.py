@@ -75,7 +75,16 @@ def test_run_all_chooses_no_rate_on_the_split_that_it_reports(tmp_path):
     write(tmp_path, {"own/train.csv": "text,label\n"})
     for dataset in ("cola", str(tmp_path / "own")):
         trials = run_all(DATASETS=dataset, SEEDS="0", OUT="runs/mine/")
+        assert trials
         assert all("--tune" in trial and "runs/mine-tune/" in trial[trial.index("--out") + 1] for trial in trials)
+
+
+def test_run_all_trains_own_data_for_40_epochs_in_the_papers_setting(tmp_path):
+    """So it does without a test split, too. Only GLUE has 10."""
+    write(tmp_path, {"own/train.csv": "text,label\n"})
+    for dataset, epochs in ((str(tmp_path / "own"), "40"), ("snips", "40"), ("cola", "10")):
+        commands = run_all(DATASETS=dataset, SEEDS="0", PAPER="1")
+        assert max((command[command.index("--epochs") + 1] for command in commands), key=int) == epochs
 
 
 @pytest.mark.parametrize("flag", ["--epochs=3", "--seed", "--lr", "--out"])
