@@ -196,9 +196,9 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev, over the seeds that all have. Else take the arm of most seeds."""
+    """Return the arm that is best on dev, over the seeds that all have. Of equal ones, take the arm of most seeds."""
     common = set.intersection(*(set(arm.rows) for arm in arms))
-    return max(arms, key=lambda arm: (sum(arm.dev[seed] for seed in common), len(arm.rows)))
+    return max(arms, key=lambda arm: (round(sum(arm.dev[seed] for seed in common), 3), len(arm.rows)))
 
 
 def best_rate(folder, seed, *rates):

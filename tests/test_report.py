@@ -103,6 +103,16 @@ def test_full_data_has_the_learning_rate_that_is_best_on_dev_over_common_seeds()
     assert [arm.args["lr"] for arm in task.baselines] == [1e-4, 4e-4]
 
 
+def test_of_arms_that_are_equal_on_dev_the_one_of_most_seeds_counts():
+    """Some rows are rounded to 4 digits: no arm is better by a rounding."""
+    one = full(5, [85], lr=4e-4)
+    one[0]["dev"]["frame_acc"] = 80.76062639
+    three = full(5, [86, 86, 86])
+    three[0]["dev"]["frame_acc"] = 80.7606
+    task, _ = only([*full(10, [90]), *one, *three, row()])
+    assert len(task.baselines[1].rows) == 3
+
+
 def test_time_is_counted_in_own_full_epochs_so_machines_may_differ():
     slow = {**row(), "seconds": {"train": 64 * 3, "total": 70 * 3}}
     task, arm = only([*full(10, [90]), slow])
