@@ -18,7 +18,7 @@ NOT_SETTINGS = {"seed", "device", "precision"}  # runs of one arm may differ in 
 NAMED = {*TASK, "method", "selection", "sample", "stratify", "keep", "epochs", "lr"}  # have a column
 METHODS = {"full": "full data", "infobatch": "InfoBatch", "el2n": "EL2N", "grand": "GraNd"}
 METRICS = {"frame_acc": "frame accuracy", "accuracy": "accuracy", "matthews": "Matthews correlation"}
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 95 %, degrees 1 to 9
+T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t for 95 %, degrees 1 to 9
 
 
 # ---- rows: one a finished run

@@ -25,14 +25,17 @@ READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the time are means ± standard deviations
 over seeds. Time is training, scoring and selection, in the run's own full epochs. One full epoch is the time for all
 its tokens at the run's mean training speed. "To full data" is the difference to full data for the most epochs. "To
-equal time" is the difference to full data for fewer epochs at the same cost. Both are in points and paired by seed.
-From 3 seeds on, they have 95 % intervals. For each number of epochs on full data, dev chooses the learning rate. The
-equal-time curve joins the best of these runs by straight lines, and it never falls. The reported numbers decide which
-runs it joins. This favours full data, above all where dev is reported. Letters name machines. Seconds compare only
-within one machine, and only while nothing else ran on it."""
+equal time" is the difference to full data for fewer epochs at the method's mean cost. Both are in points and paired by
+seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain.
+For each number of epochs on full data, dev chooses among the learning rates that ran, on the seeds that all have. The
+equal-time curve joins the best of these means by straight lines, and it never falls. The reported numbers decide which
+means it joins. This favours full data, above all where dev is reported. Where a number of epochs is missing, the
+straight line favours pruning. Letters name machines with a precision. Accuracy is compared across them. Seconds compare
+only within one letter, and only while nothing else ran on the machine."""
 MEANS = """\
 Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
-There is an interval only where all have 3 or more. Compare two lines only where they have the same datasets."""
+There is an interval only where all have 3 or more. It takes the datasets for a random draw, which they are not. Compare
+two lines only where they have the same datasets."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
 rule. Sampled EL2N is `--sample`. n counts seeds. If a method ran with several settings, the table shows the one that is

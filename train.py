@@ -78,7 +78,7 @@ def train(model, optimizer, data, plan, args, run, state=None):
             dev = evaluate(data, "dev", *predictions(model, data.evaluation["dev"]))
         run.end_epoch(kept, dev, {"kept": torch.from_numpy(kept), "weights": weights, "scorer": scorer.state_dict(),
                                   "smoother": smooth.state, "optimizer": optimizer.state_dict()})  # fmt: skip
-    optimizer.release()
+    optimizer.release()  # so the last metrics are of the fp32 weights, which the run saves
 
 
 def seed_epoch(seed, epoch):
