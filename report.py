@@ -34,8 +34,8 @@ straight line favours pruning. Letters name machines with a precision. Accuracy 
 only within one letter, and only while nothing else ran on the machine."""
 MEANS = """\
 Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
-There is an interval only where all have 3 or more. It takes the datasets for a random draw, which they are not. Compare
-two lines only where they have the same datasets."""
+There is an interval only where all have 3 or more. It treats the datasets as a random sample, but they are none.
+Compare two lines only where they have the same datasets."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
 rule. Sampled EL2N is `--sample`. n counts seeds. If a method ran with several settings, the table shows the one that is
