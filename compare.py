@@ -196,7 +196,10 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev, over the seeds that all have. Of equal ones, take the arm of most seeds."""
+    """Return the arm that is best on dev, over the seeds that all have. Of equal ones, take the arm of most seeds.
+
+    Equal is equal to 3 digits, because some committed rows are rounded to 4.
+    """
     common = set.intersection(*(set(arm.rows) for arm in arms))
     return max(arms, key=lambda arm: (round(sum(arm.dev[seed] for seed in common), 3), len(arm.rows)))
 

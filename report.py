@@ -34,7 +34,7 @@ straight line favours pruning. Letters name machines with a precision. Accuracy 
 only within one letter, and only while nothing else ran on the machine."""
 MEANS = """\
 Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
-There is an interval only where all have 3 or more. It treats the datasets as a random sample, but they are none.
+There is an interval only where all have 3 or more. It treats the datasets as a random sample, which they are not.
 Compare two lines only where they have the same datasets."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
