@@ -30,11 +30,6 @@ def max_tokens(encoder, tokenizer):
     return min(limit for limit in (tokenizer.model_max_length, positions, 2**15 - 1) if limit > 0)
 
 
-def has_segments(encoder):
-    """Return whether an encoder tells the two texts of a pair apart by segment embeddings."""
-    return getattr(encoder.config, "type_vocab_size", 0) > 1
-
-
 def check_model(model, data, name, precision):
     """Raise UserError where a new NLUModel cannot be trained on `data` in `precision`. name: of its encoder."""
     splits, encoder, flag = data.splits.values(), model.encoder, f"--model {name}"

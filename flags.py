@@ -12,11 +12,10 @@ from errors import Parser, one_line
 from scoring import METHODS, SCORES
 
 # The pruning flags that have an effect with each method. Every other one is refused.
-RANKED = {"keep", "full_epochs", "cycle", "full_end", "selection", "ema", "std_weight", "offset", "stratify",
-          "class_floor"}  # fmt: skip
+RANKED = {"keep", "full_epochs", "cycle", "full_end", "selection", "ema", "std_weight", "offset", "stratify"}
 USES = {
     "full": set(),
-    "random": {"keep", "full_epochs", "cycle", "full_end", "selection", "class_floor"},
+    "random": {"keep", "full_epochs", "cycle", "full_end", "selection"},
     **dict.fromkeys(SCORES, RANKED | {"rescore", "sample"}),
     "forgetting": RANKED,
     "grand": RANKED,
@@ -34,8 +33,7 @@ def defaults(args, given, classifies):
         return dict.fromkeys(PRUNING) | {"full_epochs": args.epochs, "cycle": 1, "full_end": 0}
     static, sample = given.get("selection") == "static", given.get("sample", False)
     flags = {"keep": 0.5, "full_epochs": 2, "cycle": 2, "full_end": 0, "selection": "dynamic", "rescore": "all",
-             "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "stratify": False,
-             "class_floor": 0}  # fmt: skip
+             "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "stratify": False}  # fmt: skip
     if classifies or sample or static or args.method == "forgetting":  # the last three: an average favours old scores
         flags["ema"] = 1.0
     if given.get("ema", flags["ema"]) == 1:
@@ -119,8 +117,6 @@ def parser(description):
     add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores", **late)
     add("--offset", type=number(float, "at least 0 and below 1", lambda o: 0 <= o < 1), metavar="o",
         help="o: set aside this fraction, the very highest scores (default: 0)", **late)
-    add("--class-floor", type=count_or_0, metavar="N",
-        help="keep at least N samples of each label (default: 0)", **late)
     add("--rescore", choices=["all", "none"], help="all: a pass over every sample before a selection, dropout off; "
         "none: scores of the last training steps (default: all; dynamic --sample: none)", **late)
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "

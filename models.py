@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import IGNORE, Sample, encode, load_tokenizer, sorted_batches
-from encoders import check_model, has_segments, load_encoder, max_tokens
+from encoders import check_model, load_encoder, max_tokens
 from engine import dropout, encoder_forward, linear, onednn_is_faster, packed_linear, restore_vocabulary
 from errors import UserError, one_line
 
@@ -45,7 +45,7 @@ class NLUModel(nn.Module):
 
     def forward(self, batch, linear=linear):
         """Return fp32 logits (B, labels), and (B, L, tags) or None. batch: data.Batch. linear: from engine.py."""
-        if not has_segments(self.encoder):
+        if getattr(self.encoder.config, "type_vocab_size", 0) < 2:  # it has no embeddings for the texts of a pair
             batch = batch._replace(types=None)
         hidden, p = self.run_encoder(self.encoder, batch, linear), self.p * self.training
         sentence = dropout(torch.tanh(linear(dropout(hidden[:, 0], p), self.dense)), p)

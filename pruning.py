@@ -19,44 +19,31 @@ def make_plan(epochs, full_epochs, cycle=1, full_end=0, static=False):
     return plan
 
 
-def select(importance, labels, args, rng):
+def select(importance, args, rng):
     """Choose the samples to train on until the next selection, by the flags in `args`.
 
-    importance: (N,) float; labels: (N,) int; rng: a numpy generator. Returns the kept indices, ascending, int64, and
-    the weight of each sample in the loss, (N,) float32.
+    importance: (N,) float; rng: a numpy generator. Returns the kept indices, ascending, int64, and the weight of each
+    sample in the loss, (N,) float32. UserError where a score is not finite.
     """
-    if args.method == "infobatch":
-        return infobatch(importance, args.keep, rng)
     if args.sample:
         importance = gumbel_log_scores(importance, rng)
+    bad = (~np.isfinite(importance)).sum()
+    expect(not bad, f"{bad} of {len(importance)} scores", "NaN or infinite; start again with a lower --lr")
+    if args.method == "infobatch":
+        return infobatch(importance, args.keep, rng)
     if args.stratify:
         kept = stratified(importance, args.keep, args.offset, rng)
     else:
         kept = highest(importance, args.keep, args.offset or 0)
-    if args.class_floor:
-        kept = with_class_floor(kept, importance, labels, args.class_floor)
     return kept, np.ones(len(importance), np.float32)
-
-
-def kept_size(n, keep):
-    """Return round(keep · N); a half is rounded to the even number."""
-    return round(keep * n)
-
-
-def check_finite(scores):
-    """Raise UserError where a score is not finite."""
-    bad = (~np.isfinite(scores)).sum()
-    expect(not bad, f"{bad} of {len(scores)} scores", "NaN or infinite; start again with a lower --lr")
 
 
 def ranking(scores, keep, offset):
     """Return all samples by falling score, without the round(offset·N) very highest, and the number to keep.
 
-    Of equal scores the lower index comes first. The number is round(keep·N).
+    Of equal scores the lower index comes first. The number is round(keep·N); a half is rounded to the even number.
     """
-    check_finite(scores)
-    size = kept_size(len(scores), keep)
-    expect(size >= 1, f"--keep {keep:g}", f"keeps none of {len(scores)} samples; raise --keep")
+    size = round(keep * len(scores))
     first = min(round(offset * len(scores)), len(scores) - size)  # `size` of them must remain
     return np.argsort(-scores, kind="stable")[first:], size
 
@@ -64,7 +51,7 @@ def ranking(scores, keep, offset):
 def highest(scores, keep, offset=0.0):
     """Keep the round(keep·N) highest scores, after setting the round(offset·N) very highest aside.
 
-    scores: (N,) float. Returns indices, ascending, int64. UserError where a score is not finite or none is kept.
+    scores: (N,) float. Returns indices, ascending, int64.
     """
     order, size = ranking(scores, keep, offset)
     return np.sort(order[:size])
@@ -98,28 +85,11 @@ def stratified(scores, keep, offset, rng, bins=50):
     return np.sort(np.concatenate(kept))
 
 
-def with_class_floor(kept, scores, labels, floor):
-    """Exchange samples so that each class has at least `floor` in `kept`, or all its samples. len(kept) stays.
-
-    The highest scores of a small class come in, even those that an offset set aside. The lowest of larger classes go.
-    """
-    is_dropped = ~np.isin(np.arange(len(scores)), kept)
-    order = np.lexsort((-scores, is_dropped))  # the kept ones first, by falling score
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    starts = np.r_[0, np.bincount(labels).cumsum()]
-    place = np.arange(len(scores)) - starts[labels[by_class]]  # from 0 within its class
-    safe = by_class[place < floor]
-    expect(len(safe) <= len(kept), f"--class-floor {floor}", f"needs {len(safe)} samples, but --keep allows "
-           f"{len(kept)}; lower --class-floor or raise --keep")
-    return np.sort(np.r_[safe, order[~np.isin(order, safe)]][: len(kept)])
-
-
 def infobatch(scores, keep, rng):
     """Keep each sample below the mean score with probability `keep` = 1 − r, and all others (Qin et al. 2024).
 
     A kept sample below the mean weighs 1/(1 − r), so the expected gradient is the full one. Returns as `select`.
     """
-    check_finite(scores)
     below = scores < scores.mean(dtype=float)
     kept = ~below | (rng.random(len(scores)) < keep)
     return np.flatnonzero(kept), np.where(below, 1 / keep, 1).astype(np.float32)

@@ -46,29 +46,17 @@ tables pair runs by seed."""
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
 
 
-def as_text(blocks):
-    """Return blocks as aligned text for a terminal."""
-    parts = []
-    for block in blocks:
-        if isinstance(block, str):
-            parts.append(fill(clean(block).lstrip("# "), 120, break_on_hyphens=False))
-        else:
-            lines = [[clean(cell) for cell in line] for line in block]
-            widths = [max(map(len, column)) for column in zip(*lines)]
-            parts.append("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
-    return "\n\n".join(parts) + "\n"
-
-
 def as_markdown(blocks):
-    """Return blocks as Markdown. No text can break out of its cell."""
+    """Return blocks as Markdown, aligned for a terminal. No text can break out of its cell."""
     parts = []
     for block in blocks:
         if isinstance(block, str):
-            parts.append(clean(block))
+            parts.append(fill(clean(block), 120, break_on_hyphens=False))
         else:
             lines = [[clean(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in line] for line in block]
-            lines.insert(1, ["---"] * len(block[0]))
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            widths = [max(3, *map(len, column)) for column in zip(*lines)]
+            lines.insert(1, ["-" * width for width in widths])
+            parts.append("\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -208,17 +196,15 @@ def likely_errors(folder, count):
             scores = arrays["scores"].astype(float)
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         args, digest = facts["args"], facts["data"]
-        dataset, method = args["dataset"], args["method"]
-        with redirect_stdout(sys.stderr):  # its warnings are no part of the page
-            splits = data.read(dataset, args["data_dir"], args["max_train"], args.get("tune"))
-    except UserError:
-        raise
+        method, source = args["method"], [args[name] for name in ("dataset", "data_dir", "max_train", "tune")]
     except Exception as error:  # whatever a damaged file makes NumPy or json raise
         raise UserError(f"{folder}: damaged ({clean(error)}); take the folder of another run") from None
-    samples = splits["train"]
+    with redirect_stdout(sys.stderr):  # its warnings are no part of the page
+        splits = data.read(*source)
+    samples, name = splits["train"], Path(source[0]).name
     expect(method != "random", folder, "random scores say nothing about labels; take a run of another method")
     same = data.digest(splits) == digest and scores.shape == (len(samples),)
-    expect(same, folder, f"the samples of {dataset} have changed since; make the run again")
+    expect(same, folder, f"the samples of {name} have changed since; make the run again")
     table = [["row", "score", "label", "text, with its slots"]]
     for i in np.argsort(-scores, kind="stable")[: max(count, 0)]:
         text, label, tags, row = samples[i]
@@ -227,21 +213,9 @@ def likely_errors(folder, count):
         elif isinstance(text, tuple):
             text = " / ".join(text)
         table.append([f"{row}", f"{scores[i]:.2f}", label, text])
-    text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} in {path.name}."
+    text = f"{folder.resolve().name}: the highest scores of {name} in {path.name}."
     text += " A high EL2N or loss often means a wrong label. Rows of train count from 0, without a header."
     return ["# Likely label errors", text, table]
-
-
-def draw(found, arms, path):
-    """Draw accuracy against time, and return whether that worked."""
-    if not any(task.full for task in found):
-        return False
-    try:
-        figures.figure(found, arms, path)
-    except ImportError:
-        print("note: no pictures without matplotlib; pip install matplotlib", file=sys.stderr)
-        return False
-    return True
 
 
 def report_runs(paths, to):
@@ -253,7 +227,12 @@ def report_runs(paths, to):
     pages = {}
     if to:
         top = ["# Results", f"Made by `python report.py {' '.join(paths)} --to {to}`."]
-        top += ["![accuracy against time](figure.svg)"] * draw(found, arms, to / "figure")
+        if any(task.full for task in found):
+            try:
+                figures.figure(found, arms, to / "figure")
+                top.append("![accuracy against time](figure.svg)")
+            except ImportError:
+                print("note: no pictures without matplotlib; pip install matplotlib", file=sys.stderr)
         pages = {"headline.md": headline(found, arms), "results.md": top + full_page(found, arms, wide=True)}
     return full_page(found, arms, wide=False), pages
 
@@ -282,7 +261,7 @@ def main(argv=None):
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"report.py: error: {clean(message)}", file=sys.stderr)
         return 2
-    print(as_text(blocks), end="")
+    print(as_markdown(blocks), end="")
     return 0
 
 

@@ -37,19 +37,15 @@ class Clock:
 
     def now(self):
         """Return the time in seconds, once the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     @contextmanager
     def __call__(self, phase):
         start = self.now()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += self.now() - start
+        yield
+        self.seconds[phase] += self.now() - start
 
 
 class Run:

@@ -55,15 +55,10 @@ def gradient_norm(model, batch):
     Paul et al. average over several models. This takes the current model alone, in the dtype of its weights.
     """
     losses(model(batch), batch).sum().backward()
-    squared = 0.0
-    for weight in model.parameters():
-        if weight.grad is not None:
-            gradient = weight.grad.float()
-            if gradient.is_sparse:
-                gradient = gradient.coalesce().values()  # the gradients of equal tokens are summed first
-            squared = squared + gradient.square().sum()
-            weight.grad = None
-    return squared.sqrt()
+    gradients = [weight.grad.float() for weight in model.parameters() if weight.grad is not None]
+    model.zero_grad()
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]  # equal tokens' gradients are summed
+    return sum(g.square().sum() for g in dense).sqrt()
 
 
 SCORES = {"el2n": el2n, "loss": losses}
@@ -77,13 +72,12 @@ def score(model, split, method, tokens=None):
     batch, as in sorted_batches. Several processes share the work, and each returns all scores.
     """
     scores = torch.zeros(len(split), device=split.tokens.device)
-    batch_list = shard(sorted_batches(split, tokens=tokens))
     if method == "grand":
         model.eval()
-        for i in np.concatenate([*batch_list, np.empty(0, int)]):
+        for i in shard(np.arange(len(split))):
             scores[i] = gradient_norm(model, split.batch(np.array([i])))
     else:
-        for batch, outputs in infer(model, split, batch_list):
+        for batch, outputs in infer(model, split, shard(sorted_batches(split, tokens=tokens))):
             scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)
     return all_reduce_sum(scores)
 

@@ -26,7 +26,7 @@ from engine import FlatAdamW, limit_vocabulary, set_matmul_backend
 from errors import UserError, expect, one_line
 from metrics import evaluate
 from models import build_model, losses, predictions
-from pruning import Smoother, kept_size, make_plan, select, with_class_floor
+from pruning import Smoother, make_plan, select
 from runs import Clock, Run, summary
 from scoring import Scorer
 
@@ -34,7 +34,7 @@ from scoring import Scorer
 def train(model, optimizer, data, plan, args, run, state=None):
     """Fine-tune `model` in place. plan: of `make_plan`. state: a checkpoint's, to go on from, or None."""
     clock, n, lengths = run.clock, len(data.train), data.train.lengths
-    labels, everything, ones = data.train.labels.cpu().numpy(), np.arange(n), torch.ones(n, device=args.device)
+    everything, ones = np.arange(n), torch.ones(n, device=args.device)
     scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema or 1, args.std_weight or 0)
     static = args.selection == "static"
     pretrained = {"master": optimizer.master.clone()} if static else None  # the weights, without Adam's averages
@@ -53,7 +53,7 @@ def train(model, optimizer, data, plan, args, run, state=None):
                 scores = scorer(model, rng)
             with clock("select"):
                 importance = smooth(scores)
-                kept, weights = select(importance, labels, args, rng)
+                kept, weights = select(importance, args, rng)
                 weights = torch.as_tensor(weights, device=args.device)
                 run.save_selection(scores, importance, kept)
                 if static:
@@ -142,7 +142,7 @@ def fine_tune(args, clock, start):
             return
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train, args.tune)
-        check_sizes(args, data.train.labels.numpy())
+        check_sizes(args, len(data.train))
         model = build_model(args.model, tokenizer, data, args.seed, args.precision)
         limit_vocabulary(model, data)
         set_matmul_backend(args.precision, args.device)
@@ -160,15 +160,13 @@ def fine_tune(args, clock, start):
         print("\n" + summary(row, run))
 
 
-def check_sizes(args, labels):
-    """Raise UserError where a batch or a selection would be too small. labels: (N,) int, of the train samples."""
-    size, least = kept_size(len(labels), args.keep or 1), 2 * world_size()
-    expect(least == 2 or min(args.batch_size, len(labels)) >= least, f"--batch-size {args.batch_size}",
+def check_sizes(args, n):
+    """Raise UserError where a batch or a selection of n train samples would be too small."""
+    size, least = round((args.keep or 1) * n), 2 * world_size()
+    expect(least == 2 or min(args.batch_size, n) >= least, f"--batch-size {args.batch_size}",
            f"{world_size()} processes need at least {least}, and as many samples")  # fmt: skip
     expect(size >= args.batch_size or args.method in ("full", "infobatch"), f"--keep {args.keep}", f"keeps {size} of "
-           f"{len(labels)} samples, less than one batch of {args.batch_size}; raise --keep or lower --batch-size")
-    if args.class_floor:
-        with_class_floor(np.arange(size), labels, labels, args.class_floor)  # UserError if it needs more
+           f"{n} samples, less than one batch of {args.batch_size}; raise --keep or lower --batch-size")
 
 
 def terminated(number, _):

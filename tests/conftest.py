@@ -28,6 +28,7 @@ from errors import UserError
 from models import build_model
 
 download.PAUSE = 0  # no test waits before another attempt
+torch.set_num_threads(1)  # in a tiny model, threads would mostly wait for each other
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
@@ -78,15 +79,6 @@ def demo_data(tokenizer):
 @pytest.fixture
 def model(tiny, tokenizer, demo_data):
     return build_model(tiny, tokenizer, demo_data, seed=0)
-
-
-@pytest.fixture
-def one_thread():
-    """Use one thread: in a tiny model, threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -170,11 +162,12 @@ def assert_same_run(folder, wanted, metrics=True):
     assert all(row_of(folder)[key] == row_of(wanted)[key] for key in same), "rows differ"
 
 
-def free_port():
-    """Return the number of a port that nobody uses."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+def start_two(start, line):
+    """Start two processes that share a run, with the variables that torchrun sets."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [start(line, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
 
 
 def refused(capsys, arguments, status=2):
@@ -302,8 +295,8 @@ RAW = {  # {dataset: {file: lines}}; of GLUE, a text begins with a quote that is
         "atis.dict.intent.csv": ["buy", "wake"],
     },
     "mtop": {"mtop/en/SPLIT.txt": table(
-        'id|IN:buy|6:13:SL:A,14:15:SL:A|café à deux x|-|en_XX|-|{"tokens": ["café", "à", "deux", "x"], "tokenSpans": ['
-        '{"start": 0, "length": 5}, {"start": 6, "length": 2}, {"start": 9, "length": 4}, {"start": 14, "length": 1}]}',
+        'id|IN:buy|6:13:SL:A,13:14:SL:A|café à deuxx|-|en_XX|-|{"tokens": ["café", "à", "deux", "x"], "tokenSpans": ['
+        '{"start": 0, "length": 5}, {"start": 6, "length": 2}, {"start": 9, "length": 4}, {"start": 13, "length": 1}]}',
         'id|IN:wake|3:10:SL:time|at five am : now|-|en|-|{"tokens": ["at", "five", "am", ":", "now"], "tokenSpans": ['
         '{"start": 0, "length": 2}, {"start": 3, "length": 4}, {"start": 8, "length": 2}, {"start": 11, "length": 1}, '
         '{"start": 13, "length": 3}]}')},

@@ -21,10 +21,9 @@ import pytest
 if __name__ == "__main__":  # pytest then imports this file, and finds what the tests need
     sys.exit(pytest.main([__file__, "-v"]))
 
-from conftest import assert_same_run, await_checkpoint, ended, free_port, only_folder
+from conftest import assert_same_run, await_checkpoint, ended, only_folder, start_two
 
 SHORT = "--short" in sys.argv
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -102,16 +101,12 @@ def test_a_full_disk(start, command, assert_goes_on, whole, tmp_path):
 def test_one_of_two_processes_killed(start, command, tmp_path, killed):
     """The other one ends, and both go on."""
 
-    def pair(out, *flags):
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        return [start(command(*flags, out=out), RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
-
-    assert list(map(ended, pair("whole"))) == [0, 0]
+    assert list(map(ended, start_two(start, command(out="whole")))) == [0, 0]
     for _ in range(1 if SHORT else 5):
-        processes = pair("runs")
+        processes = start_two(start, command())
         await_checkpoint(processes[0], tmp_path / "runs")
         os.kill(processes[killed].pid, signal.SIGKILL)
         assert [ended(processes[killed]), ended(processes[1 - killed])] == [-9, 2]
-        assert list(map(ended, pair("runs", "--resume"))) == [0, 0]
+        assert list(map(ended, start_two(start, command("--resume")))) == [0, 0]
         assert_same_run(only_folder(tmp_path / "runs"), only_folder(tmp_path / "whole"))
         shutil.rmtree(tmp_path / "runs")

@@ -109,10 +109,7 @@ def test_a_failed_transfer_is_tried_again_and_elsewhere(upstream, asked, folder,
     assert (folder / "b.txt").read_bytes() == PAYLOAD and asked == (file.urls * 2)[:2]
 
 
-def test_offline_and_silent_servers_are_given_up(folder, monkeypatch):
-    """A run on a machine without a network ends in one line, and soon."""
-    with refused_with(r"127.0.0.1:9/x .*refused"):
-        fetch(folder, [download.File("x", "", ["http://127.0.0.1:9/x"])])
+def test_a_silent_server_is_given_up(folder, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent, refused_with("timed out"):
         fetch(folder, [download.File("x", "", [f"http://127.0.0.1:{silent.getsockname()[1]}/x"])])
@@ -126,25 +123,10 @@ def test_of_an_archive_only_named_members_are_taken(upstream, asked, folder, kin
                    upstream("x", body, right=body, member="two")._replace(path="d/two.txt")])  # fmt: skip
     assert left(folder) == ["d/two.txt", "one.txt"] and len(asked) == 1
     assert not (folder.parent / "evil.txt").exists() and not Path("/tmp/evil-absolute.txt").exists()
-
-
-@pytest.mark.parametrize("body", [
-    b"no archive", zipped({"other": b""}), tarred({"other": b""}), tarred({"m.txt": PAYLOAD})[:500],
-    zipped({"m.txt": PAYLOAD}).replace(b"\1\2\3\4", b"\1\2\3\3", 1),
-])  # fmt: skip
-def test_an_archive_without_an_intact_member_is_refused(upstream, folder, body):
-    """Also where its hash is right."""
-    with refused_with(r"m\.txt"):
-        fetch(folder, [upstream("m.txt", body, right=body, member="m.txt")])
-    assert left(folder) == []
-
-
-@pytest.mark.parametrize("folder", ["/proc/nope", __file__])
-def test_a_folder_that_cannot_be_written_is_said_in_one_line(upstream, asked, folder):
-    """No traceback, and no transfer."""
-    with refused_with(folder):
-        fetch(folder, [upstream("b.txt", PAYLOAD)])
-    assert asked == []
+    for broken in (body, body[:60], b"no archive"):  # also where the hash is right
+        with refused_with(r"absent\.txt"):
+            fetch(folder, [upstream("absent.txt", broken, right=broken, member="absent.txt")])
+    assert left(folder) == ["d/two.txt", "one.txt"]
 
 
 def test_only_what_is_not_there_is_fetched_and_once(upstream, asked, folder, monkeypatch):
@@ -182,8 +164,7 @@ def published(upstream, tmp_path, monkeypatch):
     return publish
 
 
-@pytest.mark.parametrize(("name", "rows"), [("snips", (8, 6, 4)), ("mtop", (8, 6, 4)), ("mrpc", (8, 6)),
-                                            ("mnli", (8, 6, 2))])  # fmt: skip
+@pytest.mark.parametrize(("name", "rows"), [("snips", (8, 6, 4)), ("mtop", (8, 6, 4))])
 def test_a_dataset_is_fetched_on_first_use(published, asked, folder, name, rows):
     """Plain files and archives, each fetched once."""
     published(name, rows)
@@ -194,16 +175,13 @@ def test_a_dataset_is_fetched_on_first_use(published, asked, folder, name, rows)
 
 
 def test_glue_archives_that_were_zipped_again_are_accepted_by_their_rows(published, folder, capsys):
-    """Another hash is a warning there, but other rows, or another hash of a plain file, are refused."""
+    """Another hash is a warning there, but other rows are refused."""
     published("rte", (8, 6), right=b"before")
     assert len(data.read("rte", folder)["train"]) == 8
     assert "warning: " in capsys.readouterr().err
     published("cola", (9, 6), right=b"before")
     with refused_with(r"cola: .*\(8, 6\) .*\(9, 6\)"):
         data.read("cola", folder)
-    published("mrpc", (8, 6), right=b"before")
-    with refused_with("sha256"):
-        data.read("mrpc", folder)
     assert left(folder) == ["glue/RTE/dev.tsv", "glue/RTE/train.tsv"]
 
 
@@ -215,9 +193,11 @@ def test_the_command_lists_and_fetches(published, folder, monkeypatch, capsys):
         assert data.__main__.main(names) == 0
         assert re.search(rf"^cola .* {where}$", capsys.readouterr().out, re.M)
     assert data.__main__.main(["nope"]) == 2
+    monkeypatch.setenv("DATA_DIR", __file__)  # in which no folder can be made
+    assert data.__main__.main(["mrpc"]) == 2
     monkeypatch.setattr(download, "fetch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert data.__main__.main(["cola"]) == 130
-    assert re.fullmatch("python -m data: error: .*\npython -m data: interrupted\n", capsys.readouterr().err)
+    assert re.fullmatch("(python -m data: error: .*\n){2}python -m data: interrupted\n", capsys.readouterr().err)
 
 
 def test_every_file_has_an_address_and_its_right_hash(raw):

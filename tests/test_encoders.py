@@ -21,7 +21,7 @@ from encoders import load_encoder
 from engine import FlatAdamW, limit_vocabulary
 from models import NLUModel, build_model, losses, predictions
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
         "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
 KINDS = {

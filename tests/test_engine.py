@@ -14,8 +14,6 @@ import engine
 from engine import FlatAdamW, dropout, limit_vocabulary, linear, norm, restore_vocabulary, set_matmul_backend, softmax
 from models import build_model, infer, losses
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # ---- operations
 
 

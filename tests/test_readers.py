@@ -1,8 +1,5 @@
 """Readers take what is right, to the last row, and name what is wrong, with file and line. None ends in a traceback."""
 
-import json
-from functools import cache
-
 import numpy as np
 import pytest
 from conftest import RAW, ROWS, TIMES, make_raw, refused_with, write
@@ -20,42 +17,16 @@ OFFICIAL = {  # labels, slot types and slots over all splits; of MTOP, no figure
 }  # fmt: skip
 
 
-@cache
-def real(name, raw):
-    """Return the splits of a real dataset, as its reader gives them."""
-    source, path = find(name, raw)
-    return source.reader(path)
-
-
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_real_files_hold_what_is_official(raw, name):
     """Rows, labels, slot types and slots are the published numbers."""
-    splits = real(name, raw)
-    assert tuple(map(len, splits.values())) == find(name, raw)[0].rows
+    source, path = find(name, raw)
+    splits = source.reader(path)
+    assert tuple(map(len, splits.values())) == source.rows
     samples = [sample for split in splits.values() for sample in split]
     labels, slots = {sample.label for sample in samples}, [s for one in samples for *_, s in spans(one.tags or ())]
     for found, wanted in zip((labels, set(slots), slots), OFFICIAL[name] or ()):
         assert wanted in (None, len(found))
-
-
-def test_mtop_slots_can_be_rebuilt_from_the_tags(raw):
-    """An independent reading: byte offsets of each run of tags, written as upstream does, for all 6,621 rows."""
-    splits, rows = real("mtop", raw), 0
-    for split, file in (("dev", "eval.txt"), ("test", "test.txt")):
-        lines = (raw / "mtop/mtop/en" / file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        for line, (_, _, tags, _) in zip(lines, splits[split], strict=True):
-            _, _, wanted, utterance, _, _, _, tokens = line.split("\t")
-            slots, at = [], 0
-            for word, tag in zip(json.loads(tokens)["tokens"], tags, strict=True):
-                at = utterance.encode().index(word.encode(), at)  # found in the text, not taken from its span
-                if tag[0] == "B":
-                    slots.append([at, at, tag[2:]])
-                at += len(word.encode())
-                if tag != "O":
-                    slots[-1][1] = at
-            assert ",".join(f"{start}:{end}:SL:{name}" for start, end, name in slots) == wanted
-            rows += 1
-    assert rows == 6621
 
 
 # ---- files of the right shape, which the tests make
@@ -68,7 +39,7 @@ LABELS = {"rte": ENTAILMENT, "qnli": ENTAILMENT, "mnli": ["entailment", "neutral
 def test_every_reader_gives_back_what_was_written(tmp_path, tokenizer, capsys, name):
     """Text, tags and labels of every dataset, whatever the line ends. Unofficial counts are said.
 
-    MTOP counts slots in bytes. Two adjacent slots of one name stay two. A row counts from the top of its file.
+    MTOP counts slots in bytes. Two slots that touch, or have one name, stay two. A row counts from the top of its file.
     """
     make_raw(tmp_path, name)
     assert load(name, tokenizer, tmp_path).train.lengths.min() > 2
@@ -123,10 +94,8 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
 @pytest.mark.parametrize(("files", "message"), [
     ({"dev.tsv": TABLE}, "no train split; .*seq.in"),
     ({"train.tsv": TABLE, "train.csv": "text,label\na,x\n"}, "train.tsv: a second train split"),
-    ({"train.tsv": TABLE, "valid.csv": "text,label\na,x\n"}, "valid.csv: .* dev.csv"),
-    ({"train.tsv": TABLE, "Test.tsv": TABLE}, "Test.tsv: .* test.tsv"),
+    ({"train.tsv": TABLE, "Valid.csv": "text,label\na,x\n"}, "Valid.csv: .* dev.csv"),
     ({"train.tsv": TABLE, "test.json": "{}"}, "test.json: .*jsonl"),
-    ({"train.tsv.gz": "a"}, "train.tsv.gz: .*jsonl"),
     ({"train.tsv": "sentence\tlabel\na\tx\n"}, "train.tsv:2: .*text.*sentence"),
     ({"train.tsv": "text\ttext_b\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text_a or text_b"),
     ({"train.tsv": "text\ttext\tlabel\na\tb\tx\n"}, "train.tsv:2: .*text.*several"),
@@ -136,7 +105,6 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.tsv": TABLE + "\nb\ty\n"}, "train.tsv:3: 1 columns"),
     ({"train.csv": 'text,label\na,x\n"b" c,y\n'}, "train.csv:3: "),
     ({"train.csv": 'text,label\na,x\n"b,y\nc,y\nd,x\n'}, "train.csv:3: "),  # a quote that never closes
-    ({"train.csv": 'text,label\na,x\n"b,y\nc,y\n"d",x\n'}, "train.csv:3: "),  # closed by one that opens a cell
     ({"train.csv": 'text,label\na,x\n"b,y\nc,x\nd",x\ne,x\n'}, "train.csv:3: "),  # closed by a second stray one
     ({"train.csv": 'text,label\n"a\nb",x\n"c\nd"\n'}, "train.csv:4: 1 columns"),
     ({"train.jsonl": '{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n'}, "train.jsonl:2: text"),
@@ -147,7 +115,6 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({**JOINT, "train/seq.in": "a b\nc\u00a0d\n"}, r"seq.in.*:2: .*U\+00A0"),
     ({**JOINT, "train/seq.in": "a \u2028\nc\n"}, r"seq.in.*:1: .*U\+2028"),
     ({**JOINT, "train/label": "x\n"}, "2 / 2 / 1 lines"),
-    ({"train.tsv": TABLE, "dev.tsv": "text_a\ttext_b\tlabel\na\tb\tx\n"}, "must be all"),
     ({"train.tsv": TABLE, **{file.replace("train", "test"): text for file, text in JOINT.items()}}, "must be all"),
     ({"train/seq.in": "a"}, "train/seq.out: No such file"),
 ])  # fmt: skip
@@ -246,7 +213,6 @@ def test_damaged_files_are_valid_or_refused_in_one_line(tmp_path, tokenizer, nam
 
 @pytest.mark.parametrize(("name", "file", "old", "new", "message"), [
     ("snips", "train/seq.out", "B-", "b-", "seq.out.*:1: tag 'b-A'"),
-    ("snips", "train/seq.out", "O O", "O", "seq.out.*:2: 5 words but 4 tags"),
     ("atis", "atis.train.slots.csv", "2 ", "9999 ", "slots.csv:1: "),
     ("atis", "atis.train.query.csv", "0 2 ", "2 ", "query.*:1: BOS"),
     ("atis", "atis.train.intent.csv", "\n", " 1\n", "intent.*:1: 2 intents"),
@@ -257,12 +223,9 @@ def test_damaged_files_are_valid_or_refused_in_one_line(tmp_path, tokenizer, nam
     ("mtop", "mtop/en/eval.txt", "\t6:13:", "\t9999:99999:", "eval.txt:1: slot 9999"),
     ("mtop", "mtop/en/eval.txt", "\t6:13:", "\t6:13:SL:x,6:13:", "eval.txt:1: slot 6:13"),
     ("slurp", "1.0/data/en-US.jsonl", '"intent": "', '"intent": " ", "x": "', "jsonl:1: .*label ' '"),
-    ("slurp", "1.0/data/en-US.jsonl", '"utt": "', '"utt": 5, "x": "', "jsonl:1: .*utt"),
     ("slurp", "1.0/data/en-US.jsonl", '"annot_utt": "', '"annot_utt": "[date : ] ', "jsonl:1: .*name : words"),
     ("slurp", "1.0/data/en-US.jsonl", '"train"', '"trial"', "jsonl:1: partition 'trial'"),
-    ("cola", "train.tsv", "\t0\t", "\t2\t", "train.tsv:1: label '2'"),
     ("rte", "dev.tsv", "\tentailment", "\t1", "dev.tsv:2: label '1'"),
-    ("mnli", "train.tsv", "gold_label", "label", "train.tsv:2: .*gold_label"),
     ("mrpc", "mrpc_dev_ids.tsv", "50", "99", "mrpc_dev_ids.tsv:.: no row"),
 ])  # fmt: skip
 def test_wrong_contents_are_refused(tmp_path, name, file, old, new, message):

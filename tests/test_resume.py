@@ -17,8 +17,6 @@ from transformers import BertModel
 import runs
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def stopped(monkeypatch, command, epoch, before_checkpoint=False):
     """Interrupt a run after an epoch, with or without its checkpoint. Returns the run's folder."""
