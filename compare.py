@@ -101,7 +101,7 @@ def settings(args):
 class Arm:
     """Rows that differ in the seed alone. Of two rows with one seed, the last counts, with a warning.
 
-    costs: in own full epochs, one a seed. cost: their mean.
+    cost: in own full epochs, the mean over seeds.
     """
 
     def __init__(self, rows):
@@ -111,8 +111,7 @@ class Arm:
         self.accuracy = {seed: row["metrics"][row["metric"]] for seed, row in self.rows.items()}
         self.dev = {seed: row["dev"][row["metric"]] for seed, row in self.rows.items()}
         self.mean, self.deviation = mean(self.accuracy.values()), deviation(self.accuracy.values())
-        self.costs = [row["cost"] for row in self.rows.values()]
-        self.cost = mean(self.costs)
+        self.cost = mean(row["cost"] for row in self.rows.values())
         self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
         self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
         self.order = not self.full, soft, -keep, args["method"] != "random", self.name, -self.epochs, args["lr"]

@@ -22,8 +22,8 @@ from compare import best_on_dev, clean, deviation, half_width, read_rows, tasks
 from errors import Parser, UserError, expect
 
 READING = """\
-A line is one method with one setting, and n counts its seeds. The metric and the time are means ± standard deviations
-over seeds. Time is training, scoring and selection, in the run's own full epochs. One full epoch is the time for all
+A line is one method with one setting, and n counts its seeds. The metric is a mean ± standard deviation over seeds.
+Time, a mean, is training, scoring and selection, in the run's own full epochs. One full epoch is the time for all
 its tokens at the run's mean training speed. "To full data" is the difference to full data for the most epochs. "To
 equal time" is the difference to full data for fewer epochs at the method's mean cost. Both are in points and paired by
 seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain.
@@ -148,14 +148,13 @@ def full_table(task, letters, wide):
     head = ["keep", "method", "epochs", "lr", "n", task.measure, "time", "to full data", "to equal time", "seconds"]
     table = [head + ["other metrics"] * wide]
     for arm in task.arms:
-        rows, times = list(arm.rows.values()), [task.percent(cost) for cost in arm.costs]
-        times = times[:1] if arm.full else times  # a number of epochs has no deviation
+        rows = list(arm.rows.values())
         where = sorted({letters[row["machine"]] for row in rows})
         seconds = plus_minus([row["seconds"]["total"] for row in rows], 0) if len(where) == 1 else ""
         others = [f"{name} {mean(row['metrics'][name] for row in rows):.2f}" for name in rows[0]["metrics"]
                   if name != task.metric and all(name in row["metrics"] for row in rows)]  # fmt: skip
         line = [arm.keep, arm.name + task.extras(arm), f"{arm.epochs}", f"{arm.args['lr']:g}", f"{len(rows)}",
-                plus_minus(arm.accuracy.values()), f"{plus_minus(times, 1)} %",
+                plus_minus(arm.accuracy.values()), f"{task.percent(arm.cost):.1f} %",
                 gain(task.to_full(arm), len(rows)), gain(task.to_equal_time(arm), len(rows)),
                 f"{seconds} {', '.join(where)}"]  # fmt: skip
         table.append(line + [", ".join(others)] * wide)
