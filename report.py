@@ -156,7 +156,7 @@ def full_table(task, letters, wide):
         line = [arm.keep, arm.name + task.extras(arm), f"{arm.epochs}", f"{arm.args['lr']:g}", f"{len(rows)}",
                 plus_minus(arm.accuracy.values()), f"{task.percent(arm.cost):.1f} %",
                 gain(task.to_full(arm), len(rows)), gain(task.to_equal_time(arm), len(rows)),
-                f"{seconds} {', '.join(where)}"]  # fmt: skip
+                f"{seconds} {', '.join(where)}".strip()]  # fmt: skip
         table.append(line + [", ".join(others)] * wide)
     return table
 
