@@ -45,7 +45,7 @@ class NLUModel(nn.Module):
 
     def forward(self, batch, linear=linear):
         """Return fp32 logits (B, labels), and (B, L, tags) or None. batch: data.Batch. linear: from engine.py."""
-        if getattr(self.encoder.config, "type_vocab_size", 0) < 2:  # it has no embeddings for the texts of a pair
+        if getattr(self.encoder.config, "type_vocab_size", 0) < 2:  # it has no segment embeddings
             batch = batch._replace(types=None)
         hidden, p = self.run_encoder(self.encoder, batch, linear), self.p * self.training
         sentence = dropout(torch.tanh(linear(dropout(hidden[:, 0], p), self.dense)), p)

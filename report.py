@@ -22,16 +22,16 @@ from compare import best_on_dev, clean, deviation, half_width, read_rows, tasks
 from errors import Parser, UserError, expect
 
 READING = """\
-A line is one method with one setting, and n counts its seeds. The metric is a mean ± standard deviation over seeds.
-Time, a mean, is training, scoring and selection, in the run's own full epochs. One full epoch is the time for all
-its tokens at the run's mean training speed. "To full data" is the difference to full data for the most epochs. "To
-equal time" is the difference to full data for fewer epochs at the method's mean cost. Both are in points and paired by
-seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain.
-For each number of epochs on full data, dev chooses among the learning rates that ran, on the seeds that all have. The
-equal-time curve joins the best of these means by straight lines, and it never falls. The reported numbers decide which
-means it joins. This favours full data, above all where dev is reported. Where a number of epochs is missing, the
-straight line favours pruning. Letters name machines with a precision. Accuracy is compared across them. Seconds compare
-only within one letter, and only while nothing else ran on the machine."""
+A line is one method with one setting, and n counts its seeds. The metric and the seconds are means ± standard
+deviations over seeds. Time is the mean of training, scoring and selection, in the run's own full epochs. One full epoch
+is the time for all its tokens at the run's mean training speed. "To full data" is the difference to full data for the
+most epochs. "To equal time" is the difference to full data for fewer epochs at the method's mean cost. Both are in
+points and paired by seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval
+is itself uncertain. For each number of epochs on full data, dev chooses among the learning rates that ran, on the seeds
+that all have. The equal-time curve joins the best of these means by straight lines, and it never falls. The reported
+numbers decide which means it joins. This favours full data, above all where dev is reported. Where a number of epochs
+is missing, the straight line favours pruning. Letters name machines with a precision. Accuracy is compared across them.
+Seconds compare only within one letter, and only while nothing else ran on the machine."""
 MEANS = """\
 Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
 There is an interval only where all have 3 or more. It treats the datasets as a random sample, which they are not.
@@ -46,15 +46,16 @@ tables pair runs by seed."""
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
 
 
-def as_markdown(blocks):
-    """Return blocks as Markdown, aligned for a terminal. No text can break out of its cell."""
+def as_markdown(blocks, wrap=False):
+    """Return blocks as Markdown with aligned columns. No text can break out of its cell. wrap: text, for a terminal."""
     parts = []
     for block in blocks:
         if isinstance(block, str):
-            parts.append(fill(clean(block), 120, break_on_hyphens=False))
+            parts.append(fill(clean(block), 120, break_on_hyphens=False) if wrap else clean(block))
         else:
             lines = [[clean(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in line] for line in block]
             widths = [max(3, *map(len, column)) for column in zip(*lines)]
+            widths[-1] = 3  # a long text there would pad all lines
             lines.insert(1, ["-" * width for width in widths])
             parts.append("\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines))
     return "\n\n".join(parts) + "\n"
@@ -195,15 +196,17 @@ def likely_errors(folder, count):
             scores = arrays["scores"].astype(float)
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         args, digest = facts["args"], facts["data"]
-        method, source = args["method"], [args[name] for name in ("dataset", "data_dir", "max_train", "tune")]
+        dataset, method = args["dataset"], args["method"]
+        with redirect_stdout(sys.stderr):  # its warnings are no part of the page
+            splits = data.read(dataset, args["data_dir"], args["max_train"], args["tune"])
+    except (OSError, UserError):
+        raise
     except Exception as error:  # whatever a damaged file makes NumPy or json raise
         raise UserError(f"{folder}: damaged ({clean(error)}); take the folder of another run") from None
-    with redirect_stdout(sys.stderr):  # its warnings are no part of the page
-        splits = data.read(*source)
-    samples, name = splits["train"], Path(source[0]).name
+    samples = splits["train"]
     expect(method != "random", folder, "random scores say nothing about labels; take a run of another method")
     same = data.digest(splits) == digest and scores.shape == (len(samples),)
-    expect(same, folder, f"the samples of {name} have changed since; make the run again")
+    expect(same, folder, f"the samples of {dataset} have changed since; make the run again")
     table = [["row", "score", "label", "text, with its slots"]]
     for i in np.argsort(-scores, kind="stable")[: max(count, 0)]:
         text, label, tags, row = samples[i]
@@ -212,7 +215,7 @@ def likely_errors(folder, count):
         elif isinstance(text, tuple):
             text = " / ".join(text)
         table.append([f"{row}", f"{scores[i]:.2f}", label, text])
-    text = f"{folder.resolve().name}: the highest scores of {name} in {path.name}."
+    text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} in {path.name}."
     text += " A high EL2N or loss often means a wrong label. Rows of train count from 0, without a header."
     return ["# Likely label errors", text, table]
 
@@ -260,7 +263,7 @@ def main(argv=None):
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"report.py: error: {clean(message)}", file=sys.stderr)
         return 2
-    print(as_markdown(blocks), end="")
+    print(as_markdown(blocks, wrap=True), end="")
     return 0
 
 

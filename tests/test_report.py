@@ -280,7 +280,8 @@ def test_the_highest_scores_are_shown_in_words(pruned, tiny, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"likely_errors.md"}
 
 
-@pytest.mark.parametrize("change", [{"method": "random"}, {"max_train": 10}, {"dataset": "absent"}])
+@pytest.mark.parametrize("change", [{"method": "random"}, {"max_train": 10}, {"dataset": "absent"},
+                                    {"max_train": "10"}, {"dataset": None}, {"data_dir": 5, "dataset": "atis"}])
 def test_scores_that_say_nothing_are_refused_in_one_line(pruned, capsys, change):
     """Random ones, those of other samples, and those of data that are gone."""
     facts = json.loads((pruned / "config.json").read_text())
