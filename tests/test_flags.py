@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, data_folder, log_of, only_folder, refused, rounds_of, write
 
+import bench
 import flags
+import report
 import runs
 import train
+from data import __main__ as downloads
 from data import load
 from models import build_model
 
@@ -26,6 +29,14 @@ BAD = [
 @pytest.mark.parametrize("line", BAD)
 def test_flags_that_make_no_sense_are_refused_by_name_in_one_line(line, capsys):
     assert line.split()[0] in refused(capsys, line.split())
+
+
+@pytest.mark.parametrize("main", [bench.main, report.main, downloads.main])
+def test_the_other_programs_refuse_a_wrong_flag_in_one_line_too(main, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        main(["demo", "--nope"])
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2 and "--nope" in error and error.count("\n") == 1
 
 
 def test_the_help_can_be_printed():

@@ -61,11 +61,12 @@ def test_a_row_tells_machines_of_one_name_apart():
 
 
 def test_the_phases_add_up_to_the_wall_time(run):
+    run("--no-model", out="first")  # the first run of a process also imports, outside all phases
     begun = time.perf_counter()
     folder = run("--no-model", "--epochs", 8)
     wall, seconds = time.perf_counter() - begun, row_of(folder)["seconds"]
     total = seconds.pop("total")
-    assert 0.8 * wall < sum(seconds.values()) <= 1.001 * wall
+    assert 0.9 * wall < sum(seconds.values()) <= 1.001 * wall
     assert total == pytest.approx(seconds["train"] + seconds["score"] + seconds["select"], abs=0.01)
 
 
