@@ -112,7 +112,8 @@ class Arm:
         self.dev = {seed: row["dev"][row["metric"]] for seed, row in self.rows.items()}
         self.mean, self.deviation = mean(self.accuracy.values()), deviation(self.accuracy.values())
         self.cost = mean(row["cost"] for row in self.rows.values())
-        self.full, soft, keep = args["method"] == "full", args["method"] == "infobatch", args.get("keep") or 1
+        self.full, soft = args["method"] == "full", args["method"] == "infobatch"
+        keep = round(args.get("keep") or 1, 6)  # as it is shown
         self.keep = "all" if self.full else f"r {1 - keep:g}" if soft else f"{keep:g}"
         self.order = not self.full, soft, -keep, args["method"] != "random", self.name, -self.epochs, args["lr"]
         if len(rows) > len(self.rows):
@@ -195,12 +196,17 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev, over the seeds that all have. Of equal ones, take the arm of most seeds.
+    """Return the arm that is best on dev, over the seeds that it shares with the arm of most seeds.
 
-    Equal is equal to 3 digits, because some committed rows are rounded to 4.
+    Of equal ones, take the arm of most seeds. Equal is equal to 3 digits, because some committed rows are rounded to 4.
     """
-    common = set.intersection(*(set(arm.rows) for arm in arms))
-    return max(arms, key=lambda arm: (round(sum(arm.dev[seed] for seed in common), 3), len(arm.rows)))
+    most = max(arms, key=lambda arm: len(arm.rows))
+
+    def lead(arm):
+        differences = [arm.dev[seed] - most.dev[seed] for seed in arm.rows if seed in most.rows]
+        return (round(mean(differences), 3) if differences else -np.inf), len(arm.rows)
+
+    return max(arms, key=lead)
 
 
 def best_rate(folder, seed, *rates):
@@ -214,7 +220,7 @@ def best_rate(folder, seed, *rates):
             if row["args"]["lr"] in dev:
                 sys.exit(f"run_all.sh: {folder}: several runs with lr {row['args']['lr']:g}; set another OUT")
             dev[row["args"]["lr"]] = row["dev"][row["metric"]]
-    return max(dev, key=dev.get) if len(dev) == len(rates) else None
+    return max(dev, key=dev.get) if len(dev) == len(set(map(float, rates))) else None
 
 
 def envelope(points):

@@ -27,11 +27,12 @@ deviations over seeds. Time is the mean of training, scoring and selection, in t
 is the time for all its tokens at the run's mean training speed. "To full data" is the difference to full data for the
 most epochs. "To equal time" is the difference to full data for fewer epochs at the method's mean cost. Both are in
 points and paired by seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval
-is itself uncertain. For each number of epochs on full data, dev chooses among the learning rates that ran, on the seeds
-that all have. The equal-time curve joins the best of these means by straight lines, and it never falls. The reported
-numbers decide which means it joins. This favours full data, above all where dev is reported. Where a number of epochs
-is missing, the straight line favours pruning. Letters name machines with a precision. Accuracy is compared across them.
-Seconds compare only within one letter, and only while nothing else ran on the machine."""
+is itself uncertain. For each number of epochs on full data, dev chooses among the learning rates that ran. It compares
+each on the seeds that it shares with the rate of most seeds. The equal-time curve joins the best of these means by
+straight lines, and it never falls. The reported numbers decide which means it joins. This favours full data, above all
+where dev is reported. Where a number of epochs is missing, the straight line favours pruning. Letters name machines
+with a precision. Accuracy is compared across them. Seconds compare only within one letter, and only while nothing else
+ran on the machine."""
 MEANS = """\
 Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
 There is an interval only where all have 3 or more. It treats the datasets as a random sample, which they are not.
@@ -216,7 +217,7 @@ def likely_errors(folder, count):
             text = " / ".join(text)
         table.append([f"{row}", f"{scores[i]:.2f}", label, text])
     text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} in {path.name}."
-    text += " A high EL2N or loss often means a wrong label. Rows of train count from 0, without a header."
+    text += " A high EL2N or loss often means a wrong label. Rows count from 0 in the raw file, without a header."
     return ["# Likely label errors", text, table]
 
 
@@ -259,11 +260,11 @@ def main(argv=None):
             blocks, pages = report_runs(args.paths, args.to)
         for name, page in pages.items() if args.to else ():
             (args.to / name).write_text(as_markdown(page), encoding="utf-8")
+        print(as_markdown(blocks, wrap=True), end="", flush=True)
     except (OSError, UserError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        message = f"{error.filename or 'the report'}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"report.py: error: {clean(message)}", file=sys.stderr)
         return 2
-    print(as_markdown(blocks, wrap=True), end="")
     return 0
 
 

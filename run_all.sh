@@ -7,12 +7,15 @@
 #   DATASETS="atis snips" SEEDS=0 RATES=3e-5 MODEL=roberta-base OUT=runs/mine bash run_all.sh --batch-size 16
 #
 # Flags at the end go to every run. The first seed tries two learning rates. The others take the better one: on dev, or
-# on a tenth of train where dev is reported. --list lists the other seeds once the first has finished.
+# on a tenth of train for GLUE and your own data. --list lists the other seeds once the first has finished.
 set -euo pipefail
 cd "$(dirname "$0")"
-case " $*" in *" --lr"* | *" --epochs"* | *" --seed"* | *" --out"*)
-    echo "run_all.sh: leave out --lr, --epochs, --seed and --out; set RATES, SEEDS and OUT" >&2; exit 2 ;; esac
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
+for flag in "$@"; do
+    case $flag in --batch-size* | --max-* | --clip* | --precision* | --device* | --data-dir* | --save-every*) ;;
+    -*) echo "run_all.sh: $flag cannot go to every run; leave it out, or set a variable as above in this file" >&2
+        exit 2 ;; esac
+done
 out=${OUT:-runs/all${MODEL:+-$(basename "$MODEL")}} seeds=${SEEDS:-0 1 2} E=10
 datasets=${DATASETS:-atis snips slurp mtop cola mrpc rte}
 if [ "${SMOKE:-}" ]; then
@@ -21,7 +24,7 @@ if [ "${SMOKE:-}" ]; then
 elif [ "${PAPER:-}" ]; then
     out=${OUT:-runs/paper} seeds=${SEEDS:-0 1 2 3 4} MODEL=${MODEL:-roberta-base} RATES=${RATES:-2e-5}
 fi
-out=${out%/} always=(--no-model --resume "$@") failed=0
+out=${out%/} seeds=$(echo $seeds) RATES=$(echo ${RATES:-}) always=(--no-model --resume "$@") failed=0
 
 run() { # run FLAGS…: one run. A failure does not keep the next run from starting.
     local command=(python train.py --dataset "$dataset" $paper "$@" ${MODEL:+--model "$MODEL"} "${always[@]}") status=0
@@ -33,7 +36,7 @@ run() { # run FLAGS…: one run. A failure does not keep the next run from start
 arm() { # arm NAME FLAGS…: the runs of one arm.
     local folder=$out/${dataset##*/}-$1 trials=$out/${dataset##*/}-$1 tune= rate best=$rates first=${seeds%% *} tried=
     shift
-    if [ "$no_test" ]; then trials=$out-tune/${folder##*/} tune=--tune; fi
+    if [ "$held_out" ]; then trials=$out-tune/${folder##*/} tune=--tune; fi
     if [[ $rates == *" "* ]]; then
         for rate in $rates; do run "$@" --seed "$first" --lr "$rate" $tune --out "$trials"; done
         [ -d "$trials" ] || return 0
@@ -45,14 +48,18 @@ arm() { # arm NAME FLAGS…: the runs of one arm.
 }
 
 for dataset in $datasets; do
-    dataset=${dataset%/} epochs=$E tau= cycle= no_test= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
-    case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) no_test=glue rates=${RATES:-1e-4 2e-4} ;;
-    *) if [ -d "$dataset" ] && ! compgen -G "$dataset/test*" >/dev/null; then no_test=own; fi ;; esac
-    if [ "${PAPER:-}" ] && [ "$no_test" != glue ]; then # the paper clips the sum of a batch's losses, we their mean
+    dataset=${dataset%/} epochs=$E tau= cycle= held_out= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
+    case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) held_out=glue rates=${RATES:-1e-4 2e-4} ;;
+    *) if [ -d "$dataset" ]; then held_out=own; fi
+        if [ "$held_out" ] && [ ! -d "$dataset/train" ] && ! grep -qs '"words"' "$dataset/train.jsonl"; then
+            rates=${RATES:-1e-4 2e-4} # classification, too
+        fi ;;
+    esac
+    if [ "${PAPER:-}" ] && [ "$held_out" != glue ]; then # the paper clips the sum of a batch's losses, we their mean
         epochs=40 tau="--full-epochs 4" cycle="--cycle 4" paper="$paper --clip 0.03125"
     fi
 
-    for fewer in $epochs $((epochs * 7 / 10)) $((epochs / 2)) $((epochs * 3 / 10)); do
+    for fewer in $(for tenths in 10 7 6 5 4 3; do echo $((epochs * tenths / 10)); done | uniq); do
         arm full-$fewer --method full --epochs $fewer # full data, and the equal-time baseline: fewer epochs
         if [ "${PAPER:-}" ]; then arm full-linear-$fewer --method full --epochs $fewer --schedule linear; fi
     done

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import socket
 import sys
 import tarfile
@@ -57,6 +58,8 @@ def fetch(name, source, folder, files):
         socket.setdefaulttimeout(TIMEOUT)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock"), TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
+            for old in set(folder.glob(".download-*")) - {Path(scratch)}:  # of a process that was killed
+                shutil.rmtree(old, ignore_errors=True)
             missing = absent(folder, files)  # none, if another process had the lock before
             if missing:
                 print(f"{name}: downloading {paths} to {folder} (licence: {source.licence})", flush=True)

@@ -54,6 +54,7 @@ def read_table(path, header=None):
 
 def read_csv(path):
     """Return [("file:line", cells)] of a CSV file. A row that has several lines is named by the first."""
+    csv.field_size_limit(2**31 - 1)
     reader = csv.reader([line + "\n" for line in read_lines(path)], strict=True, skipinitialspace=True)
     rows, first = [], 1
     try:
@@ -309,14 +310,16 @@ def read_file(path):
     expect(not pairs or "text" not in first, where, "columns text and text_a or text_b; remove one kind")
     samples = labelled(rows, ("text_a", "text_b") if pairs else ("text",))
     if path.suffix == ".csv":
-        refuse_swallowed_rows(rows, {sample.label for sample in samples})
+        refuse_swallowed_rows(rows, {sample.label for sample in samples}, list(first))
     return samples
 
 
-def refuse_swallowed_rows(rows, labels):
+def refuse_swallowed_rows(rows, labels, columns):
     """Refuse a cell of several lines in which a label stands as in a row of its own: a stray quote opened the cell."""
-    names = "|".join(map(re.escape, labels))
-    row_end = re.compile(rf", *({names}) *[,\n]|\n *({names}) *,")
+    before = "\n" if columns[0] == "label" else ","
+    after = "\n" if columns[-1] == "label" else ","
+    row_part = re.compile(f"{before} *({'|'.join(map(re.escape, labels))}) *{after}")
     for where, row in rows:
-        swallowed = any("\n" in cell and row_end.search(cell) for cell in row.values())
-        expect(not swallowed, where, "a quote that opens in this row runs over other rows; remove it or double it")
+        swallowed = any("\n" in cell and row_part.search(cell) for cell in row.values())
+        expect(not swallowed, where, "a cell of several lines seems to hold other rows; remove the quote that opens "
+               "it, double it, or save the file as .jsonl")

@@ -93,7 +93,11 @@ def tarred(members):
 
 @pytest.mark.parametrize("answer", [None, PAYLOAD[:9999], PAYLOAD[:-1] + b"x", b""])
 def test_a_transfer_that_fails_leaves_nothing_and_says_what_to_do(upstream, asked, folder, answer):
-    """A broken or changed file never looks like data. The message names the address, the files and the folder."""
+    """A broken or changed file never looks like data. The message names the address, the files and the folder.
+
+    What a killed process left is removed, too.
+    """
+    write(folder, {".download-killed/first.txt": ""})
     files = [upstream("first.txt", b"fine", right=b"fine"), upstream("b.txt", answer)]
     with refused_with(rf"{files[1].urls[0]} .*first.txt, b.txt into {folder} .*DATA_DIR"):
         fetch(folder, files)

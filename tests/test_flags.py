@@ -83,9 +83,11 @@ def test_run_all_chooses_no_rate_on_the_split_that_it_reports(tmp_path, dataset,
     tuned = {("--tune" in one, "runs/mine-tune/" in one[one.index("--out") + 1]) for one in trials}
     assert tuned == {(tunes, tunes)}
     assert max(int(one[one.index("--epochs") + 1]) for one in paper) == epochs
+    rates = {float(one[one.index("--lr") + 1]) for one in trials}
+    assert rates == ({2e-4, 4e-4} if dataset == "snips" else {1e-4, 2e-4})  # train.py's default and its double
 
 
-@pytest.mark.parametrize("flag", ["--epochs=3", "--seed", "--lr", "--out"])
+@pytest.mark.parametrize("flag", ["--epochs=3", "--seed", "--lr", "--out", "--dataset", "--keep"])
 def test_run_all_refuses_flags_that_would_make_all_runs_alike(flag):
     with pytest.raises(subprocess.CalledProcessError):
         run_all(flag, "1")

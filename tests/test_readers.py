@@ -72,6 +72,7 @@ OWN = {  # a user's folders of every kind, and the texts of their two train samp
     "tsv": ({"train.tsv": "text\tlabel\n\"a\" b\tx\nc\ty\n"}, ['"a" b', "c"]),  # without quoting
     "csv": ({"train.csv": 'label,text,,\nx, "a, ""b""",,\ny,c,,\n'}, ['a, "b"', "c"]),  # empty columns
     "csv lines": ({"train.csv": 'text,label\r\n"a, z\r\n\r\nb",x\r\n"c\r\n",y\r\n'}, ["a, z b", "c "]),
+    "csv list": ({"train.csv": 'text,label\n"x, y, z\n",x\nc,y\n'}, ["x, y, z ", "c"]),
     "tsv pairs": ({"train.tsv": "id\ttext_b\tlabel\ttext_a\n1\tb\tx\ta\n2\t\ty\tc\n"}, [("a", "b"), ("c", "")]),
     "jsonl": ({"train.jsonl": '{"text": "a\\u2028b", "label": "x", "n": null}\n{"label": "y", "text": "c"}'},
               ["a\u2028b", "c"]),
@@ -106,6 +107,7 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.csv": 'text,label\na,x\n"b" c,y\n'}, "train.csv:3: "),
     ({"train.csv": 'text,label\na,x\n"b,y\nc,y\nd,x\n'}, "train.csv:3: "),  # a quote that never closes
     ({"train.csv": 'text,label\na,x\n"b,y\nc,x\nd",x\ne,x\n'}, "train.csv:3: "),  # closed by a second stray one
+    ({"train.csv": 'label,text\nx,"a\ny,b\nx,c"\n'}, "train.csv:2: "),
     ({"train.csv": 'text,label\n"a\nb",x\n"c\nd"\n'}, "train.csv:4: 1 columns"),
     ({"train.jsonl": '{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n'}, "train.jsonl:2: text"),
     ({"train.jsonl": '{"text": "a", "label": 1}\n["a", "x"]\n'}, "train.jsonl:2: .*JSON object"),

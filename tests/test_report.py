@@ -103,6 +103,13 @@ def test_full_data_has_the_learning_rate_that_is_best_on_dev_over_common_seeds()
     assert [arm.args["lr"] for arm in task.baselines] == [1e-4, 4e-4]
 
 
+def test_a_run_of_another_seed_decides_nothing():
+    """It shares no seed with the others, so that dev cannot compare it."""
+    good, bad, stray = full(5, [85, 85], lr=4e-4), full(5, [80, 80]), row("full", 7, 99, epochs=5, lr=8e-4)
+    task, _ = only([*full(10, [90, 90]), *good, *bad, stray, row()])
+    assert [arm.args["lr"] for arm in task.baselines] == [1e-4, 4e-4]
+
+
 def test_of_arms_that_are_equal_on_dev_the_one_of_most_seeds_counts():
     """Some rows are rounded to 4 digits: no arm is better by a rounding."""
     one = full(5, [85], lr=4e-4)
