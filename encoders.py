@@ -20,7 +20,7 @@ def load_encoder(name):
     fits = hasattr(encoder.config, "hidden_size") and not encoder.config.is_encoder_decoder
     expect(fits, f"--model {name}", f"{type(encoder).__name__} is no encoder; take one such as BERT or RoBERTa")
     if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # our sentence head takes its place
+        encoder.pooler = torch.nn.Identity()  # our sentence head takes its place
     return encoder
 
 
@@ -40,13 +40,15 @@ def check_model(model, data, name, precision):
     expect(longest <= limit, flag, f"takes at most {limit} tokens, but {data.name} has a sample of {longest}; add "
            f"--max-length {limit} to cut longer samples off")
     try:
-        sees_last_token = try_batch(model, padded_pair(data.train), precision)
+        sees_last_token, ignores_padding = try_batch(model, padded_pair(data.train), precision)
     except Exception as error:  # whatever a foreign encoder raises
         advice = "take another model" if precision == "fp32" else "try --precision fp32, or another model"
         message = f"the encoder fails on a first batch in {precision} ({one_line(error)}); {advice}"
         raise UserError(f"{flag}: {message}") from None
     expect(sees_last_token, flag, "its first token does not see the last one, as in a causal decoder; take an encoder "
            "such as BERT or RoBERTa")
+    expect(ignores_padding, flag, "its outputs depend on padding, so a score would depend on the batch; take an "
+           "encoder such as BERT or RoBERTa")
 
 
 def padded_pair(split):
@@ -60,12 +62,16 @@ def padded_pair(split):
 
 
 def try_batch(model, batch, precision):
-    """Run a copy of a model forward and backward on one batch. Return whether the first token sees the last one."""
+    """Run a copy of a model forward and backward on the batch of `padded_pair`.
+
+    Returns whether a change of the last token changes the first sample, and whether it leaves the second one, where it
+    is padding, as it was.
+    """
     trial = copy.deepcopy(model).train().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     torch.cat([logits.flatten() for logits in trial(batch) if logits is not None]).sum().backward()
     other = batch.tokens.clone()
-    other[0, -1] = int(other[0, -1] == 0)  # any other token
+    other[:, -1] = (other[:, -1] == 0).long()  # any other token
     model.eval()
     with torch.no_grad():  # in fp32, as bf16 may round a small difference away
-        first, changed = (model(batch._replace(tokens=tokens))[0][0] for tokens in (batch.tokens, other))
-    return not torch.equal(first, changed)
+        before, after = (model(batch._replace(tokens=tokens))[0] for tokens in (batch.tokens, other))
+    return not torch.equal(before[0], after[0]), torch.allclose(before[1], after[1], rtol=0.01)

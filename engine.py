@@ -109,7 +109,8 @@ def encoder_forward(encoder):
 def transformers_forward(encoder, batch, _linear):
     """Return the hidden states, (B, L, width), as transformers computes them."""
     types = {} if batch.types is None else {"token_type_ids": batch.types}
-    return encoder(batch.tokens, attention_mask=batch.mask, **types).last_hidden_state
+    mask = None if batch.mask is None else batch.mask.long()  # some models compute with it
+    return encoder(batch.tokens, attention_mask=mask, **types).last_hidden_state
 
 
 def fast_bert_forward(encoder, batch, linear):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import IGNORE, Sample, encode, load_tokenizer, sorted_batches
+from data import IGNORE, Sample, encode, load_tokenizer, sorted_batches, without_breaks
 from encoders import check_model, load_encoder, max_tokens
 from engine import dropout, encoder_forward, linear, onednn_is_faster, packed_linear, restore_vocabulary
 from errors import UserError, one_line
@@ -64,7 +64,12 @@ class NLUModel(nn.Module):
             raise TypeError(f"predict takes an iterable of {wanted}, such as a list or an open file")
         if not texts:
             return []
-        texts = [text.split() if self.tags else tuple(text) if self.pairs else text.rstrip("\r\n") for text in texts]
+        if self.tags:
+            texts = [text.split() for text in texts]
+        elif self.pairs:
+            texts = [tuple(map(without_breaks, pair)) for pair in texts]
+        else:
+            texts = [without_breaks(text.rstrip("\r\n")) for text in texts]
         samples = [Sample(text, "?", ["?"] * len(text) if self.tags else None) for text in texts]
         split = encode(samples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {}, {})
         labels, tags = predictions(self, split.to(self.dense.weight.device))

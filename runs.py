@@ -255,7 +255,8 @@ def summary(row, run):
     """Return what a person wants to know when a run ends, as text. row: of `Run.finish`."""
     args, seconds, folder = run.args, {"score": 0, "select": 0, "save": 0, **row["seconds"]}, run.folder
     keep = f", keep {args.keep:g}" if args.keep else ""
-    after = "after the last epoch" + ("" if "test" in row else "; there is no test split")
+    after = "after the last epoch" + ("; dev is a tenth of train" if args.tune else "" if "test" in row else
+                                      "; there is no test split")
     lines = [f"{row['args']['dataset']}, {args.method}{keep}, seed {args.seed}, {args.precision}; metrics {after}"]
     lines += [f"{split:<6} {metrics_line(row[split])}" for split in ("test", "dev", "dev_mismatched") if split in row]
     lines += [
@@ -273,7 +274,7 @@ def summary(row, run):
         found, planted = demo.errors_found(np.load(max((folder / "rounds").iterdir()))["scores"])
         lines.append(f"found  {found} of {planted} planted label errors among the {planted} highest scores")
     metric = next(name for name in ("frame_acc", *row["dev"]) if name in row["dev"])
-    before, end = row["epoch_dev"][max(args.full_epochs, 1) - 1][metric], row["epoch_dev"][-1][metric]
+    before, end = row["epoch_dev"][args.full_epochs - 1][metric], row["epoch_dev"][-1][metric]  # equal where τ = 0
     if row["selections"] and args.selection != "static" and end < before:
         lines.append(f"lost   dev {metric} was {before:.2f} before pruning and is {end:.2f} now; keep more, or "
                      "train on full data")

@@ -11,7 +11,7 @@ from errors import expect
 
 from . import demo, download, readers
 from .encoding import DEFAULT_MODEL, IGNORE, Batch, Split, batches, encode, load_tokenizer, pretrained, sorted_batches
-from .samples import Sample, digest, hold_out, subset
+from .samples import Sample, digest, hold_out, subset, without_breaks
 
 
 class Source(NamedTuple):

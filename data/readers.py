@@ -12,7 +12,7 @@ from pathlib import Path
 
 from errors import UserError, expect
 
-from .samples import Sample
+from .samples import Sample, without_breaks
 
 # ---- files to rows
 
@@ -118,7 +118,7 @@ def labelled(rows, texts, label="label", known=None):
     """
     samples = []
     for i, (where, row) in enumerate(rows):
-        cells = tuple(re.sub("\n+", " ", cell) for cell in pick(row, where, texts))
+        cells = tuple(map(without_breaks, pick(row, where, texts)))
         expect("".join(cells).strip(), where, f"no text in {' or '.join(texts)}")
         text = cells if len(cells) > 1 else cells[0]
         samples.append(Sample(text, pick_label(row, where, label, known), row=i))

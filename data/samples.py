@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,11 @@ class Sample(NamedTuple):
     label: str
     tags: list[str] | None = None  # the BIO tag of each word; None for classification
     row: int = 0  # in its file, from 0, not counting a header
+
+
+def without_breaks(text):
+    """Return a text on one line: line breaks become a blank."""
+    return re.sub("[\r\n]+", " ", text)
 
 
 def digest(splits):

@@ -54,6 +54,15 @@ def test_predict_takes_any_iterable(kinds, kind, form):
     assert words == [text.split() if kind == "joint" else [] for text in texts]
 
 
+@pytest.mark.parametrize(("kind", "texts"), [("text", ["a\nb\n"]), ("pairs", [("a\r\nb", "c")])])
+def test_predict_takes_line_breaks_as_the_readers_do(kinds, monkeypatch, kind, texts):
+    """A byte-level tokenizer gives them ids of their own, which no reader lets through."""
+    seen = []
+    monkeypatch.setattr("models.encode", lambda samples, *args: seen.extend(samples) or encode(samples, *args))
+    kinds[kind].predict(texts)
+    assert seen[0].text in ("a b", ("a b", "c"))
+
+
 @pytest.mark.parametrize(("kind", "texts"), [
     ("joint", "one string"), ("joint", b"bytes"), ("joint", 7), ("joint", None), ("joint", [None]), ("joint", [["a"]]),
     ("text", [b"a"]), ("pairs", ["ab"]), ("pairs", ("a", "b")), ("pairs", [("a", "b", "c")]), ("pairs", [("a", 1)]),
