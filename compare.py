@@ -214,13 +214,13 @@ def best_rate(folder, seed, *rates):
 
     It is for run_all.sh: it exits with one line where a rate has several runs, which differ in other settings.
     """
-    dev = {}
+    dev, wanted = {}, set(map(float, rates))
     for row in read_rows([folder]):
-        if row["args"]["seed"] == int(seed) and row["args"]["lr"] in map(float, rates):
+        if row["args"]["seed"] == int(seed) and row["args"]["lr"] in wanted:
             if row["args"]["lr"] in dev:
                 sys.exit(f"run_all.sh: {folder}: several runs with lr {row['args']['lr']:g}; set another OUT")
             dev[row["args"]["lr"]] = row["dev"][row["metric"]]
-    return max(dev, key=dev.get) if len(dev) == len(set(map(float, rates))) else None
+    return max(dev, key=dev.get) if len(dev) == len(wanted) else None
 
 
 def envelope(points):

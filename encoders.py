@@ -20,7 +20,7 @@ def load_encoder(name):
     fits = hasattr(encoder.config, "hidden_size") and not encoder.config.is_encoder_decoder
     expect(fits, f"--model {name}", f"{type(encoder).__name__} is no encoder; take one such as BERT or RoBERTa")
     if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = torch.nn.Identity()  # our sentence head takes its place
+        encoder.pooler = torch.nn.Identity()  # our sentence head takes its place; some encoders would call None
     return encoder
 
 
@@ -74,4 +74,5 @@ def try_batch(model, batch, precision):
     model.eval()
     with torch.no_grad():  # in fp32, as bf16 may round a small difference away
         before, after = (model(batch._replace(tokens=tokens))[0] for tokens in (batch.tokens, other))
+    # Encoders that approximate attention let a little of the padding through.
     return not torch.equal(before[0], after[0]), torch.allclose(before[1], after[1], rtol=0.01)

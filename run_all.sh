@@ -50,9 +50,9 @@ arm() { # arm NAME FLAGS…: the runs of one arm.
 for dataset in $datasets; do
     dataset=${dataset%/} epochs=$E tau= cycle= held_out= paper=${PAPER:+--schedule constant} rates=${RATES:-2e-4 4e-4}
     case $dataset in cola | mrpc | rte | wnli | sst2 | qnli | qqp | mnli) held_out=glue rates=${RATES:-1e-4 2e-4} ;;
-    *) if [ -d "$dataset" ]; then held_out=own; fi
-        if [ "$held_out" ] && [ ! -d "$dataset/train" ] && ! grep -qs '"words"' "$dataset/train.jsonl"; then
-            rates=${RATES:-1e-4 2e-4} # classification, too
+    *) if [ -d "$dataset" ]; then
+            held_out=own # and without words and tags (has_tags in data/readers.py) it is classification, too
+            [ -d "$dataset/train" ] || grep -qs '"words"' "$dataset/train.jsonl" || rates=${RATES:-1e-4 2e-4}
         fi ;;
     esac
     if [ "${PAPER:-}" ] && [ "$held_out" != glue ]; then # the paper clips the sum of a batch's losses, we their mean

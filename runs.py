@@ -255,9 +255,9 @@ def summary(row, run):
     """Return what a person wants to know when a run ends, as text. row: of `Run.finish`."""
     args, seconds, folder = run.args, {"score": 0, "select": 0, "save": 0, **row["seconds"]}, run.folder
     keep = f", keep {args.keep:g}" if args.keep else ""
-    after = "after the last epoch" + ("; dev is a tenth of train" if args.tune else "" if "test" in row else
-                                      "; there is no test split")
-    lines = [f"{row['args']['dataset']}, {args.method}{keep}, seed {args.seed}, {args.precision}; metrics {after}"]
+    splits = "" if "test" in row else "; dev is a tenth of train" if args.tune else "; there is no test split"
+    lines = [f"{row['args']['dataset']}, {args.method}{keep}, seed {args.seed}, {args.precision}; "
+             f"metrics after the last epoch{splits}"]  # fmt: skip
     lines += [f"{split:<6} {metrics_line(row[split])}" for split in ("test", "dev", "dev_mismatched") if split in row]
     lines += [
         "time   {total:.1f} s = train {train:.1f} + score {score:.1f} + select {select:.2f}".format(**seconds),

@@ -54,7 +54,7 @@ def read_table(path, header=None):
 
 def read_csv(path):
     """Return [("file:line", cells)] of a CSV file. A row that has several lines is named by the first."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
     reader = csv.reader([line + "\n" for line in read_lines(path)], strict=True, skipinitialspace=True)
     rows, first = [], 1
     try:
@@ -310,12 +310,13 @@ def read_file(path):
     expect(not pairs or "text" not in first, where, "columns text and text_a or text_b; remove one kind")
     samples = labelled(rows, ("text_a", "text_b") if pairs else ("text",))
     if path.suffix == ".csv":
-        refuse_swallowed_rows(rows, {sample.label for sample in samples}, list(first))
+        refuse_swallowed_rows(rows, {sample.label for sample in samples})
     return samples
 
 
-def refuse_swallowed_rows(rows, labels, columns):
+def refuse_swallowed_rows(rows, labels):
     """Refuse a cell of several lines in which a label stands as in a row of its own: a stray quote opened the cell."""
+    columns = list(rows[0][1])
     before = "\n" if columns[0] == "label" else ","
     after = "\n" if columns[-1] == "label" else ","
     row_part = re.compile(f"{before} *({'|'.join(map(re.escape, labels))}) *{after}")

@@ -76,7 +76,7 @@ def test_run_all_lists_commands_that_are_valid_and_differ(environment):
 
 @pytest.mark.parametrize(("dataset", "tunes", "epochs"), [("snips", False, 40), ("cola", True, 10), ("own", True, 40)])
 def test_run_all_chooses_no_rate_on_the_split_that_it_reports(tmp_path, dataset, tunes, epochs):
-    """Without a test split that is dev. Of these, only GLUE has 10 epochs in the paper's setting."""
+    """GLUE reports dev, and own data may. In the paper's setting, only GLUE has 10 epochs. Texts have lower rates."""
     write(tmp_path, {"own/train.csv": "text,label\n"})
     name = str(tmp_path / "own") if dataset == "own" else dataset
     trials, paper = run_all(DATASETS=name, SEEDS="0", OUT="runs/mine/"), run_all(DATASETS=name, SEEDS="0", PAPER="1")
