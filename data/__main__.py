@@ -27,7 +27,7 @@ def main(argv=None):
             here = "generated" if path is None else "no" if download.absent(path, files) else path
             task, rows = "classification" if source.classifies else "intent, slots", " / ".join(map(str, source.rows))
             print(f"{name:<6} {task:<14}  {rows:<22}  {source.licence:<20}  on disk: {here}")
-    except UserError as error:
+    except (OSError, UserError) as error:  # OSError: a full disk, or a closed pipe
         print(f"python -m data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
