@@ -18,7 +18,7 @@ import torch
 
 from data import DEFAULT_MODEL, batches, load, load_tokenizer, sorted_batches
 from engine import FlatAdamW, has_bf16, limit_vocabulary, set_matmul_backend, transformers_forward
-from errors import Parser, UserError
+from errors import Parser, UserError, leave
 from flags import count, device, positive
 from models import build_model, infer, losses
 from runs import Clock, environment
@@ -151,4 +151,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

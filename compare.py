@@ -72,8 +72,7 @@ def completed(row):
     processor = facts.get("cpu" if facts.get("device") == "cpu" else "device")
     machine = f"{processor}, threads {facts.get('threads')}, processes {facts.get('processes')}"
     machine += f", {args.get('precision')}"
-    derived = {"metrics": metrics, "metric": metric, "split": split, "machine": machine}
-    return {**row, **derived, "cost": cost}
+    return {**row, "metrics": metrics, "metric": metric, "split": split, "machine": machine, "cost": cost}
 
 
 # ---- arms and tasks
@@ -125,20 +124,22 @@ class Arm:
 class Task:
     """The arms that may be compared with one another, and what full data reaches in the same time.
 
-    further: the flags, as text, in which other Tasks differ. kind: the measure, and further; a mean is over one kind.
+    differing: the flags in which Tasks differ. kind: the measure, with these flags; a mean is over one kind.
     full: the arm on full data with the most epochs, or None. epochs: its number, else the highest. baselines: an arm on
     full data for each number of epochs, the most first. corners: those of the equal-time curve, by `envelope`.
     """
 
-    def __init__(self, dataset, further, rows):
-        by_arm = {}
+    def __init__(self, rows, differing):
+        args, by_arm = rows[0]["args"], {}
+        further = [f"{flag.replace('_', '-')} {args[flag]}" for flag in differing if args.get(flag)]
         for row in rows:
             by_arm.setdefault(json.dumps(settings(row["args"]), sort_keys=True), []).append(row)
         self.arms = sorted(map(Arm, by_arm.values()), key=lambda arm: arm.order)
         self.metric, self.measure = rows[0]["metric"], METRICS.get(rows[0]["metric"], rows[0]["metric"])
-        self.title, self.kind = (clean(", ".join([name, *further])) for name in (dataset, self.measure))
+        self.title, self.kind = (clean(", ".join([name, *further])) for name in (args["dataset"], self.measure))
         self.split = rows[0]["split"]
-        by_epochs = groupby((arm for arm in self.arms if arm.full), key=lambda arm: arm.epochs)
+        full = sorted((arm for arm in self.arms if arm.full), key=lambda arm: -arm.epochs)  # names may differ
+        by_epochs = groupby(full, key=lambda arm: arm.epochs)
         self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
         self.full = self.baselines[0] if self.baselines else None
         self.epochs = self.full.epochs if self.full else max(arm.epochs for arm in self.arms)
@@ -184,11 +185,7 @@ def tasks(rows):
         key = [*(row["args"].get(flag) or None for flag in TASK), row["metric"], row["split"]]
         by_task.setdefault(json.dumps(key), []).append(row)
     differing = [flag for flag in TASK[1:] if len({json.dumps(row["args"].get(flag) or None) for row in rows}) > 1]
-    found = []
-    for same in by_task.values():
-        args = same[0]["args"]
-        further = [f"{flag.replace('_', '-')} {args[flag]}" for flag in differing if args.get(flag)]
-        found.append(Task(args["dataset"], further, same))
+    found = [Task(same, differing) for same in by_task.values()]
     return sorted(found, key=lambda task: [*METRICS, task.metric].index(task.metric))
 
 

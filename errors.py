@@ -1,6 +1,8 @@
 """Errors that a user can mend, each in one line."""
 
 import argparse
+import sys
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -23,3 +25,10 @@ def expect(ok, where, message):
 def one_line(error):
     """Return the message of an exception as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def leave(status):
+    """End the program. Where standard output is closed or full, `main` has said so, and Python would say it again."""
+    with suppress(OSError):
+        sys.stdout.close()
+    sys.exit(status)

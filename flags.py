@@ -158,8 +158,7 @@ def parse(argv, description):
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
     classifies = find(args.dataset)[0].classifies
     args.lr = getattr(args, "lr", 1e-4 if classifies else 2e-4)
-    for flag, value in defaults(args, given, classifies).items():
-        setattr(args, flag, value)
+    vars(args).update(defaults(args, given, classifies))
 
     static = args.selection == "static"
     pruned = args.epochs - args.full_end - args.full_epochs * (not static)

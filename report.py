@@ -19,7 +19,7 @@ import numpy as np
 
 import figures
 from compare import best_on_dev, clean, deviation, half_width, read_rows, tasks
-from errors import Parser, UserError, expect
+from errors import Parser, UserError, expect, leave
 
 READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the seconds are means ± standard
@@ -109,15 +109,15 @@ def headline(found, arms):
     first = [task for task in found if task.kind == found[0].kind]  # the last column is the mean over these
     table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), "to equal time"]]
     for (keep, name), by_task in arms.items():
-        times = sorted(round(task.percent(arm.cost)) for task, arm in by_task.items())
-        span = dict.fromkeys(times[:1] + times[-1:])  # the shortest and the longest, once if they are the same
+        times = [round(task.percent(arm.cost)) for task, arm in by_task.items()]
+        span = sorted({min(times), max(times)})
         cells = [keep, name, " to ".join(map(str, span)) + " %"]
         for task in found:
             arm = by_task.get(task)
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
-        gains = [task.to_equal_time(by_task[task]) for task in first if task in by_task]
-        table.append([*cells, mean_gain(gains) if len(gains) == len(first) and all(gains) else "–"])
+        gains = [task.to_equal_time(by_task[task]) if task in by_task else [] for task in first]
+        table.append([*cells, mean_gain(gains) if all(gains) else "–"])
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     models = dict.fromkeys(task.arms[0].args["model"].rpartition("/")[2] for task in found)
@@ -166,7 +166,7 @@ def full_table(task, letters, wide):
 def full_page(found, arms, wide):
     """Return the blocks of all tables."""
     names = dict.fromkeys(row["machine"] for task in found for arm in task.arms for row in arm.rows.values())
-    letters = {name: chr(65 + i) for i, name in enumerate(names)}
+    letters = {name: chr(65 + i % 26) * (i // 26 + 1) for i, name in enumerate(names)}
     blocks = [*headline(found, arms), READING]
     if len(means := over_datasets(found, arms)) > 1:
         blocks += ["## Mean over datasets", MEANS, means]
@@ -217,7 +217,7 @@ def likely_errors(folder, count):
             text = " / ".join(text)
         table.append([f"{row}", f"{scores[i]:.2f}", label, text])
     text = f"{folder.resolve().name}: the highest scores of {Path(dataset).name} in {path.name}."
-    text += " A high EL2N or loss often means a wrong label. Rows count from 0 in the raw file, without a header."
+    text += " A high EL2N or loss often means a wrong label. Rows count from 0, without a header."
     return ["# Likely label errors", text, table]
 
 
@@ -270,4 +270,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show ±
-    sys.exit(main())
+    leave(main())

@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 list=; if [ "${1:-}" = --list ]; then list=1; shift; fi
+case ${1:--} in -*) ;; *) echo "run_all.sh: $1 is no flag; name datasets in DATASETS" >&2; exit 2 ;; esac
 for flag in "$@"; do
     case $flag in --batch-size* | --max-* | --clip* | --precision* | --device* | --data-dir* | --save-every*) ;;
     -*) echo "run_all.sh: $flag cannot go to every run; leave it out, or set a variable as above in this file" >&2
@@ -84,5 +85,5 @@ for dataset in $datasets; do
 done
 
 if [ "$list" ]; then exit; fi
-python report.py "$out" --to "$out/report"
-[ $failed = 0 ] || { echo "run_all.sh: $failed run(s) failed, see above; start it again to repeat them" >&2; exit 1; }
+python report.py "$out" --to "$out/report" || failed=$((failed + 1))
+[ $failed = 0 ] || { echo "run_all.sh: $failed run(s) or the report failed, see above; start it again to repeat them" >&2; exit 1; }

@@ -23,7 +23,7 @@ import flags
 from data import batches, load, load_tokenizer
 from distributed import lost_process, process_group, rank, shard, world_size
 from engine import FlatAdamW, limit_vocabulary, set_matmul_backend
-from errors import UserError, expect, one_line
+from errors import UserError, expect, leave, one_line
 from metrics import evaluate
 from models import build_model, losses, predictions
 from pruning import Smoother, kept_size, make_plan, select
@@ -179,4 +179,4 @@ if __name__ == "__main__":
         stream.reconfigure(errors="replace")  # for a terminal that cannot show τ
     signal.signal(signal.SIGTERM, terminated)
     signal.signal(signal.SIGINT, terminated)
-    sys.exit(main(start=START))
+    leave(main(start=START))

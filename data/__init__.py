@@ -117,8 +117,8 @@ def read(name, folder=None, max_train=None, tune=False):
     expect(all(rows), path, f"{', '.join(splits)} have {rows} samples; one or more was expected")
     if tune:
         splits = {"train": splits["train"]}
-    labels = {split: {sample.label for sample in samples} for split, samples in splits.items()}
-    for split in [s for s in splits if labels[s].isdisjoint(labels["train"])]:
+    known = {sample.label for sample in splits["train"]}
+    for split in [s for s in splits if known.isdisjoint(sample.label for sample in splits[s])]:
         print(f"warning: {name}: {split} is left out, because train has none of its labels")
         del splits[split]
     if "dev" not in splits:
@@ -156,11 +156,9 @@ def data_warnings(data, max_length):
     if len(data.labels) == 1 and not data.tags:
         yield f"all train samples have the label {data.labels[0]!r}: there is nothing to tell apart"
     for name, split in data.splits.items():
-        unseen = (split.labels == len(data.labels)).sum()
-        if unseen:
+        if unseen := (split.labels == len(data.labels)).sum():
             yield f"{unseen} of {len(split)} {name} samples have a label that train lacks: they count as errors"
-        unseen = (split.tags == len(data.tags)).sum() if data.tags else 0
-        if unseen:
+        if data.tags and (unseen := (split.tags == len(data.tags)).sum()):
             yield f"{unseen} {name} words have a tag that train lacks: they count as errors"
         if split.truncated:
             yield f"{split.truncated} of {len(split)} {name} samples are cut off after {max_length} tokens"

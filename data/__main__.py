@@ -9,7 +9,7 @@ Raw files are in $DATA_DIR, or in data/raw.
 import argparse
 import sys
 
-from errors import Parser, UserError
+from errors import Parser, UserError, leave
 
 from . import DATASETS, FILES, download, find
 
@@ -26,7 +26,7 @@ def main(argv=None):
                 download.fetch(name, source, path, files)
             here = "generated" if path is None else "no" if download.absent(path, files) else path
             task, rows = "classification" if source.classifies else "intent, slots", " / ".join(map(str, source.rows))
-            print(f"{name:<6} {task:<14}  {rows:<22}  {source.licence:<20}  on disk: {here}")
+            print(f"{name:<6} {task:<14}  {rows:<22}  {source.licence:<20}  on disk: {here}", flush=True)
     except (OSError, UserError) as error:  # OSError: a full disk, or a closed pipe
         print(f"python -m data: error: {error}", file=sys.stderr)
         return 2
@@ -37,4 +37,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

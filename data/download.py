@@ -60,8 +60,7 @@ def fetch(name, source, folder, files):
         with FileLock(folder / ".download.lock"), TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
             for old in set(folder.glob(".download-*")) - {Path(scratch)}:  # of a process that was killed
                 shutil.rmtree(old, ignore_errors=True)
-            missing = absent(folder, files)  # none, if another process had the lock before
-            if missing:
+            if missing := absent(folder, files):  # none, if another process had the lock before
                 print(f"{name}: downloading {paths} to {folder} (licence: {source.licence})", flush=True)
                 for sha256 in dict.fromkeys(file.sha256 for file in files):
                     download([file for file in files if file.sha256 == sha256], Path(scratch))

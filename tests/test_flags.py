@@ -1,7 +1,9 @@
 """The command line: what is refused, and that every flag changes a run."""
 
 import copy
+import os
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -37,6 +39,16 @@ def test_the_other_programs_refuse_a_wrong_flag_in_one_line_too(main, capsys):
         main(["demo", "--nope"])
     error = capsys.readouterr().err
     assert refusal.value.code == 2 and "--nope" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("command", ["-m data", "report.py results/base.jsonl"])
+def test_a_program_that_cannot_print_says_so_in_one_line(command):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=buffered, stdout=full,
+                              stderr=subprocess.PIPE)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
 def test_the_help_can_be_printed():
@@ -87,7 +99,7 @@ def test_run_all_chooses_no_rate_on_the_split_that_it_reports(tmp_path, dataset,
     assert rates == ({2e-4, 4e-4} if dataset == "snips" else {1e-4, 2e-4})  # train.py's default and its double
 
 
-@pytest.mark.parametrize("flag", ["--epochs=3", "--seed", "--lr", "--out", "--dataset", "--keep"])
+@pytest.mark.parametrize("flag", ["--epochs=3", "--seed", "--lr", "--out", "--dataset", "--keep", "atis"])
 def test_run_all_refuses_flags_that_would_make_all_runs_alike(flag):
     with pytest.raises(subprocess.CalledProcessError):
         run_all(flag, "1")

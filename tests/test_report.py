@@ -103,6 +103,11 @@ def test_full_data_has_the_learning_rate_that_is_best_on_dev_over_common_seeds()
     assert [arm.args["lr"] for arm in task.baselines] == [1e-4, 4e-4]
 
 
+def test_full_data_of_two_methods_has_one_baseline_for_each_number_of_epochs():
+    task, _ = only([*full(10, [90]), *full(5, [80]), *full(10, [91], freeze=True), *full(5, [70], freeze=True)])
+    assert [(arm.epochs, arm.mean) for arm in task.baselines] == [(10, 91), (5, 80)]
+
+
 def test_a_run_of_another_seed_decides_nothing():
     """It shares no seed with the others, so that dev cannot compare it."""
     good, bad, stray = full(5, [85, 85], lr=4e-4), full(5, [80, 80]), row("full", 7, 99, epochs=5, lr=8e-4)
