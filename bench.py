@@ -147,6 +147,9 @@ def main(argv=None):
     except (UserError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -193,17 +193,9 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev, over the seeds that it shares with the arm of most seeds.
-
-    Of equal ones, take the arm of most seeds. Equal is equal to 3 digits, because some committed rows are rounded to 4.
-    """
-    most = max(arms, key=lambda arm: len(arm.rows))
-
-    def lead(arm):
-        differences = [arm.dev[seed] - most.dev[seed] for seed in arm.rows if seed in most.rows]
-        return (round(mean(differences), 3) if differences else -np.inf), len(arm.rows)
-
-    return max(arms, key=lead)
+    """Return the arm that is best on dev, of those with the most seeds."""
+    most = max(len(arm.rows) for arm in arms)
+    return max((arm for arm in arms if len(arm.rows) == most), key=lambda arm: mean(arm.dev.values()))
 
 
 def best_rate(folder, seed, *rates):

@@ -86,48 +86,47 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 def parser(description):
     """Return the argument parser. Flags whose default depends on others are absent from the result if not given."""
-    p = Parser(prog="train.py", description=description, allow_abbrev=False, formatter_class=Help)
-    late = {"default": argparse.SUPPRESS}
+    p = Parser(prog="train.py", description=description, allow_abbrev=False, formatter_class=Help,
+               argument_default=argparse.SUPPRESS)  # fmt: skip
 
     add = p.add_argument_group("data").add_argument
     add("--dataset", default="demo", metavar="NAME", help=f"{', '.join(DATASETS)}, or your own folder")
-    add("--data-dir", metavar="DIR", help="folder of the raw datasets (default: $DATA_DIR, or data/raw)", **late)
+    add("--data-dir", metavar="DIR", help="folder of the raw datasets (default: $DATA_DIR, or data/raw)")
     add("--max-length", default=256, metavar="TOKENS", help="cut samples off after this many tokens",
         type=number(int, "from 3 to 32767", lambda n: 3 <= n < 2**15))
-    add("--max-train", type=count, metavar="N", help="train on N samples only, drawn at random", **late)
-    add("--tune", action="store_true", help="evaluate on a tenth of train, held out, and never on dev or test", **late)
+    add("--max-train", type=count, metavar="N", help="train on N samples only, drawn at random")
+    add("--tune", action="store_true", help="evaluate on a tenth of train, held out, and never on dev or test")
 
     add = p.add_argument_group("method").add_argument
     add("--method", default="el2n", choices=METHODS, help="how samples are chosen; full keeps all")
     add("--keep", type=number(float, "above 0 and below 1; --method full keeps everything", lambda k: 0 < k < 1),
         metavar="k", help="k: fraction of the samples to keep (1 - ρ in the paper); "
-        "infobatch: fraction of the samples with a low loss (default: 0.5)", **late)
+        "infobatch: fraction of the samples with a low loss (default: 0.5)")
     add("--full-epochs", type=count_or_0, metavar="τ",
-        help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)", **late)
-    add("--cycle", type=count, metavar="T",
-        help="T: epochs between selections (default: 2; infobatch and --sample 1)", **late)
+        help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)")
+    add("--cycle", type=count, metavar="T", help="T: epochs between selections (default: 2; infobatch and --sample 1)")
     add("--full-end", type=count_or_0, metavar="F",
-        help="F: train the last F epochs on full data (default: 0; infobatch an eighth of E)", **late)
+        help="F: train the last F epochs on full data (default: 0; infobatch an eighth of E)")
     add("--selection", choices=["dynamic", "static"],
         help="dynamic: select every T epochs; static: once, then train E epochs from the pretrained weights "
-        "(default: dynamic)", **late)
+        "(default: dynamic)")
     add("--sample", action="store_true",
-        help="draw samples with chances in proportion to their scores, instead of keeping the highest", **late)
-    add("--draw", action="store_true", dest="sample", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # old name
-    add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores", **late)
+        help="draw samples with chances in proportion to their scores, instead of keeping the highest")
+    add("--draw", action="store_true", dest="sample", help=argparse.SUPPRESS)  # old name
+    add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores")
     add("--offset", type=number(float, "at least 0 and below 1", lambda o: 0 <= o < 1), metavar="o",
-        help="o: set aside this fraction, the very highest scores (default: 0)", **late)
+        help="o: set aside this fraction, the very highest scores (default: 0)")
     add("--rescore", choices=["all", "none"], help="all: a pass over every sample before a selection, dropout off; "
-        "none: scores of the last training steps (default: all; dynamic --sample: none)", **late)
+        "none: scores of the last training steps (default: all; dynamic --sample: none)")
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
-        "(default: 0.8; 1 for classification, with --sample and for forgetting)", **late)
+        "(default: 0.8; 1 for classification, with --sample and for forgetting)")
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
-        help="c: weight of the deviation that is added to the average (default: 1; 0 where α = 1)", **late)
+        help="c: weight of the deviation that is added to the average (default: 1; 0 where α = 1)")
 
     add = p.add_argument_group("training").add_argument
     add("--model", default=DEFAULT_MODEL, metavar="ID", help="Hugging Face hub id or local folder")
     add("--epochs", type=count, default=10, metavar="E", help="E: all epochs; static: the epochs after the selection")
-    add("--lr", type=positive, help="learning rate at the start (default: 2e-4; classification 1e-4)", **late)
+    add("--lr", type=positive, help="learning rate at the start (default: 2e-4; classification 1e-4)")
     add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: falling to 0, or constant")
     add("--clip", type=positive, default=1.0, metavar="NORM", help="largest norm of the gradient of the mean loss")
     add("--batch-size", type=count, default=32, metavar="B", help="samples in a training step")
@@ -138,9 +137,9 @@ def parser(description):
     add = p.add_argument_group("run").add_argument
     add("--device", type=device, default="auto", help="cpu, cuda, cuda:1, …; auto is cuda where there is one")
     add("--out", default="runs", metavar="DIR", help="folder of run folders")
-    add("--resume", action="store_true", help="go on with the run of this command, if it was stopped", **late)
+    add("--resume", action="store_true", help="go on with the run of this command, if it was stopped")
     add("--save-every", type=count, default=1, metavar="N", help="save a checkpoint every N epochs")
-    add("--no-model", action="store_true", help="do not save the fine-tuned model", **late)
+    add("--no-model", action="store_true", help="do not save the fine-tuned model")
     return p
 
 

@@ -6,7 +6,6 @@
 """
 
 import json
-from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class NLUModel(nn.Module):
         tagged "O". TypeError for anything else.
         """
         wanted = "pairs of strings" if self.pairs else "strings"
-        texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, (str, bytes)) else [None]
+        texts = [None] if isinstance(texts, str) else list(texts)
         if not all(is_pair(text) if self.pairs else isinstance(text, str) for text in texts):
             raise TypeError(f"predict takes an iterable of {wanted}, such as a list or an open file")
         if not texts:
@@ -73,11 +72,9 @@ class NLUModel(nn.Module):
         samples = [Sample(text, "?", ["?"] * len(text) if self.tags else None) for text in texts]
         split = encode(samples, self.tokenizer, max_tokens(self.encoder, self.tokenizer), {}, {})
         labels, tags = predictions(self, split.to(self.dense.weight.device))
-        names = [self.labels[label] for label in labels]
-        if not self.tags:
-            return [(name, []) for name in names]
-        found = [[self.tags[tag] for tag in row] for row in tags]
-        return [(name, list(zip_longest(words, row, fillvalue="O"))) for name, words, row in zip(names, texts, found)]
+        words = texts if self.tags else [[]] * len(texts)
+        return [(self.labels[label], list(zip_longest(row, (self.tags[tag] for tag in found), fillvalue="O")))
+                for label, row, found in zip(labels, words, tags)]  # fmt: skip
 
     def save(self, folder):
         """Write encoder and tokenizer in Hugging Face's layout, and our heads. The folder works as --model.

@@ -18,30 +18,25 @@ from textwrap import fill
 import numpy as np
 
 import figures
-from compare import best_on_dev, clean, deviation, half_width, read_rows, tasks
+from compare import Task, best_on_dev, clean, deviation, half_width, read_rows, tasks
 from errors import Parser, UserError, expect, leave
 
 READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the seconds are means ± standard
 deviations over seeds. Time is the mean of training, scoring and selection, in the run's own full epochs. One full epoch
-is the time for all its tokens at the run's mean training speed. "To full data" is the difference to full data for the
-most epochs. "To equal time" is the difference to full data for fewer epochs at the method's mean cost. Both are in
-points and paired by seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval
-is itself uncertain. For each number of epochs on full data, dev chooses among the learning rates that ran. It compares
-each on the seeds that it shares with the rate of most seeds. The equal-time curve joins the best of these means by
-straight lines, and it never falls. The reported numbers decide which means it joins. This favours full data, above all
-where dev is reported. Where a number of epochs is missing, the straight line favours pruning. Letters name machines
-with a precision. Accuracy is compared across them. Seconds compare only within one letter, and only while nothing else
-ran on the machine."""
-MEANS = """\
-Each dataset counts as one value, and the method's seeds are in brackets. A gain uses the seeds that full data has, too.
-There is an interval only where all have 3 or more. It treats the datasets as a random sample, which they are not.
-Compare two lines only where they have the same datasets."""
+is the time for all its tokens at the run's mean training speed. Differences are in points and paired by seed. From 3
+seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain. In the table
+above, a dataset counts as one value. Its intervals need 3 seeds everywhere. They treat the datasets as a random sample,
+which they are not. Where several learning rates ran with the most seeds, dev chooses among these. The equal-time curve
+joins the best mean for each number of epochs by straight lines, and it never falls. The reported numbers decide which
+means it joins. This favours full data, above all where dev is reported. Where a number of epochs is missing, the
+straight line favours pruning. Letters name machines with a precision. Accuracy is compared across them. Seconds compare
+only within one letter, and only while nothing else ran on the machine."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
-rule. Sampled EL2N is `--sample`. n counts seeds. If a method ran with several settings, the table shows the one that is
-best on dev. It omits methods that ran on fewer than half of the datasets. Compare only cells of equal n. The full
-tables pair runs by seed."""
+rule. Sampled EL2N is `--sample`. n counts seeds. If a method ran with several settings, the table shows the best on dev
+of the settings with the most seeds. It omits methods that ran on fewer than half of the datasets. Compare only cells of
+equal n. The full tables pair runs by seed."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
@@ -106,8 +101,9 @@ def headline_arms(found):
 def headline(found, arms):
     """Return the blocks of the headline table: a line a method, a column a dataset, one number a cell."""
     titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
-    first = [task for task in found if task.kind == found[0].kind]  # the last column is the mean over these
-    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), "to equal time"]]
+    first = [task for task in found if task.kind == found[0].kind]  # the last columns are means over these
+    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), "to full data",
+              "to equal time"]]  # fmt: skip
     for (keep, name), by_task in arms.items():
         times = [round(task.percent(arm.cost)) for task, arm in by_task.items()]
         span = sorted({min(times), max(times)})
@@ -116,33 +112,22 @@ def headline(found, arms):
             arm = by_task.get(task)
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
-        gains = [task.to_equal_time(by_task[task]) if task in by_task else [] for task in first]
-        table.append([*cells, mean_gain(gains) if all(gains) else "–"])
+        for difference in (Task.to_full, Task.to_equal_time):
+            gains = [difference(task, by_task[task]) if task in by_task else [] for task in first]
+            cells.append(mean_gain(gains) if all(gains) else "–")
+        table.append(cells)
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     models = dict.fromkeys(task.arms[0].args["model"].rpartition("/")[2] for task in found)
     caption = [f"Model: {', '.join(models)}."]
     caption += [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
-    if all(line[-1] == "–" for line in table[1:]):
-        table = [line[:-1] for line in table]
-    else:
+    if any(task.full for task in found):
         over = f", mean over {'; '.join(task.title for task in first)}" if len(first) > 1 else ""
-        caption.append(f"To equal time: points above full data for fewer epochs in the same time{over}.")
+        caption.append(f"To full data: points above full data for the most epochs{over}. To equal time: the same for "
+                       "fewer epochs in the same time.")  # fmt: skip
+    else:
+        table = [line[:-2] for line in table]
     return [table, " ".join([*caption, LEGEND])]
-
-
-def over_datasets(found, arms):
-    """Return the table of means over datasets. It never averages different metrics, and a dataset is one value."""
-    table = [["metric", "keep", "method", "datasets", "to full data", "to equal time"]]
-    for kind in dict.fromkeys(task.kind for task in found):
-        for (keep, name), by_task in arms.items():
-            same = {task: arm for task, arm in by_task.items() if task.kind == kind}
-            full = [task.to_full(arm) for task, arm in same.items()]
-            equal = [task.to_equal_time(arm) for task, arm in same.items()]
-            if sum(map(bool, full)) > 1:
-                names = ", ".join(f"{task.title} ({len(arm.rows)})" for task, arm in same.items())
-                table.append([kind, keep, name, names, mean_gain(full), mean_gain(equal)])
-    return table
 
 
 def full_table(task, letters, wide):
@@ -168,8 +153,6 @@ def full_page(found, arms, wide):
     names = dict.fromkeys(row["machine"] for task in found for arm in task.arms for row in arm.rows.values())
     letters = {name: chr(65 + i % 26) * (i // 26 + 1) for i, name in enumerate(names)}
     blocks = [*headline(found, arms), READING]
-    if len(means := over_datasets(found, arms)) > 1:
-        blocks += ["## Mean over datasets", MEANS, means]
     for task in found:
         steps = [f"{arm.epochs} (lr {arm.args['lr']:g}{task.extras(arm)}, n {len(arm.rows)})"
                  for arm in reversed(task.baselines)]  # fmt: skip
@@ -197,7 +180,8 @@ def likely_errors(folder, count):
             scores = arrays["scores"].astype(float)
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         args, digest = facts["args"], facts["data"]
-        dataset, method = args["dataset"], args["method"]
+        dataset, random = args["dataset"], args["method"] == "random"
+        expect(not random, folder, "random scores say nothing about labels; take a run of another method")
         with redirect_stdout(sys.stderr):  # its warnings are no part of the page
             splits = data.read(dataset, args["data_dir"], args["max_train"], args["tune"])
     except (OSError, UserError):
@@ -205,7 +189,6 @@ def likely_errors(folder, count):
     except Exception as error:  # whatever a damaged file makes NumPy or json raise
         raise UserError(f"{folder}: damaged ({clean(error)}); take the folder of another run") from None
     samples = splits["train"]
-    expect(method != "random", folder, "random scores say nothing about labels; take a run of another method")
     same = data.digest(splits) == digest and scores.shape == (len(samples),)
     expect(same, folder, f"the samples of {dataset} have changed since; make the run again")
     table = [["row", "score", "label", "text, with its slots"]]

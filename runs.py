@@ -188,7 +188,8 @@ class Run:
         flags = {name: value for name, value in vars(self.args).items()
                  if name not in NOT_SETTINGS - {"seed"} and value is not None}  # fmt: skip
         if os.path.isabs(self.args.model):  # a folder of the user's; rows carry no paths
-            flags["model"] = Path(self.args.model).name
+            own = Path(self.args.model)
+            flags["model"] = (own.parent if own.name == "model" else own).name  # a run's model has the run's name
         if os.path.isabs(self.args.dataset):
             flags["dataset"] = f"{Path(self.args.dataset).name}-{self.data.digest[:6]}"
         total = sum(seconds[phase] for phase in ("train", "score", "select"))
@@ -271,7 +272,7 @@ def summary(row, run):
         lines.append(f"saved  {1 - seconds['total'] / full:.1%} of {full:.1f} s, the estimate for full data; "
                      f"--method full --epochs {same} takes about as long: compare it")
     if row["selections"] and args.dataset == "demo" and args.method != "random" and not (args.max_train or args.tune):
-        found, planted = demo.errors_found(np.load(max((folder / "rounds").iterdir()))["scores"])
+        found, planted = demo.errors_found(np.load(max((folder / "rounds").glob("epoch-*.npz")))["scores"])
         lines.append(f"found  {found} of {planted} planted label errors among the {planted} highest scores")
     metric = next(name for name in ("frame_acc", *row["dev"]) if name in row["dev"])
     before, end = row["epoch_dev"][args.full_epochs - 1][metric], row["epoch_dev"][-1][metric]  # equal where τ = 0

@@ -11,7 +11,7 @@ from data import IGNORE, sorted_batches
 from distributed import all_reduce_sum, shard
 from models import infer, losses
 
-UNSEEN = 2.0**16  # the score of a sample that has none yet: above all others, so that it is kept
+UNSEEN = 2.0**16  # above all scores: no score yet; for forgetting, never yet correct
 
 
 def el2n(outputs, batch):
