@@ -95,7 +95,7 @@ def test_equal_time_is_on_the_curve_of_full_data(rows, gains):
     assert task.to_equal_time(arm) == pytest.approx(gains)
 
 
-def test_full_data_has_the_learning_rate_that_is_best_on_dev_over_common_seeds():
+def test_full_data_has_the_learning_rate_that_is_best_on_dev():
     good, bad = full(5, [85, 85], lr=4e-4), full(5, [89, 89])
     for one, dev in zip([*good, *bad], (50, 90, 60, 10)):  # seed 0, 1 of the first, then of the second
         one["dev"]["frame_acc"] = dev
@@ -108,20 +108,11 @@ def test_full_data_of_two_methods_has_one_baseline_for_each_number_of_epochs():
     assert [(arm.epochs, arm.mean) for arm in task.baselines] == [(10, 91), (5, 80)]
 
 
-def test_a_run_of_another_seed_decides_nothing():
-    """It shares no seed with the others, so that dev cannot compare it."""
-    good, bad, stray = full(5, [85, 85], lr=4e-4), full(5, [80, 80]), row("full", 7, 99, epochs=5, lr=8e-4)
-    task, _ = only([*full(10, [90, 90]), *good, *bad, stray, row()])
-    assert [arm.args["lr"] for arm in task.baselines] == [1e-4, 4e-4]
-
-
-def test_of_arms_that_are_equal_on_dev_the_one_of_most_seeds_counts():
-    """Some rows are rounded to 4 digits: no arm is better by a rounding."""
-    one = full(5, [85], lr=4e-4)
-    one[0]["dev"]["frame_acc"] = 80.76062639
-    three = full(5, [86, 86, 86])
-    three[0]["dev"]["frame_acc"] = 80.7606
-    task, _ = only([*full(10, [90]), *one, *three, row()])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_learning_rate_with_fewer_seeds_decides_nothing(seed):
+    """Where it took part, its one seed would be all that is left to compare with."""
+    three, one = full(5, [85, 85, 85]), row("full", seed, 99, epochs=5, lr=8e-4)
+    task, _ = only([*full(10, [90, 90, 90]), *three, one, row()])
     assert len(task.baselines[1].rows) == 3
 
 
