@@ -28,10 +28,10 @@ is the time for all its tokens at the run's mean training speed. Differences are
 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain. In the table
 above, a dataset counts as one value. Its intervals need 3 seeds everywhere. They treat the datasets as a random sample,
 which they are not. Where several learning rates ran with the most seeds, dev chooses among these. The equal-time curve
-joins the best mean for each number of epochs by straight lines, and it never falls. The reported numbers decide which
-means it joins. This favours full data, above all where dev is reported. Where a number of epochs is missing, the
-straight line favours pruning. Letters name machines with a precision. Accuracy is compared across them. Seconds compare
-only within one letter, and only while nothing else ran on the machine."""
+is the upper concave envelope of the means on full data, and it never falls. It skips a mean below the line between two
+others. The reported numbers decide which means it skips. This favours full data, above all where dev is reported. Where
+a number of epochs is missing, the straight line favours pruning. Letters name machines with a precision. Accuracy is
+compared across them. Seconds compare only within one letter, and only while nothing else ran on the machine."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
 rule. Sampled EL2N is `--sample`. n counts seeds. If a method ran with several settings, the table shows the best on dev
