@@ -193,9 +193,9 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev, of those with the most seeds."""
+    """Return the arm that is best on dev, to 3 digits as some committed rows have 4, of those with the most seeds."""
     most = max(len(arm.rows) for arm in arms)
-    return max((arm for arm in arms if len(arm.rows) == most), key=lambda arm: mean(arm.dev.values()))
+    return max((arm for arm in arms if len(arm.rows) == most), key=lambda arm: round(mean(arm.dev.values()), 3))
 
 
 def best_rate(folder, seed, *rates):

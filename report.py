@@ -80,9 +80,8 @@ def gain(values, n, seeds=3):
 
 
 def mean_gain(gains):
-    """Return the mean over datasets of the gains of one method, as text. gains: for each dataset a list, one a seed."""
-    means = [mean(values) for values in gains if values]
-    return gain(means, len(gains), min(map(len, gains), default=0))
+    """Return the mean over datasets as text; "–" where one has no gain. gains: for each dataset a list, one a seed."""
+    return gain([mean(values) for values in gains], len(gains), min(map(len, gains))) if all(gains) else "–"
 
 
 def headline_arms(found):
@@ -102,8 +101,9 @@ def headline(found, arms):
     """Return the blocks of the headline table: a line a method, a column a dataset, one number a cell."""
     titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
     first = [task for task in found if task.kind == found[0].kind]  # the last columns are means over these
-    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), "to full data",
-              "to equal time"]]  # fmt: skip
+    some = any(task.full for task in found)
+    differences = {"to full data": Task.to_full, "to equal time": Task.to_equal_time} if some else {}
+    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), *differences]]
     for (keep, name), by_task in arms.items():
         times = [round(task.percent(arm.cost)) for task, arm in by_task.items()]
         span = sorted({min(times), max(times)})
@@ -112,21 +112,18 @@ def headline(found, arms):
             arm = by_task.get(task)
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
-        for difference in (Task.to_full, Task.to_equal_time):
-            gains = [difference(task, by_task[task]) if task in by_task else [] for task in first]
-            cells.append(mean_gain(gains) if all(gains) else "–")
+        for difference in differences.values():
+            cells.append(mean_gain([difference(task, by_task[task]) if task in by_task else [] for task in first]))
         table.append(cells)
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
     models = dict.fromkeys(task.arms[0].args["model"].rpartition("/")[2] for task in found)
     caption = [f"Model: {', '.join(models)}."]
     caption += [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
-    if any(task.full for task in found):
+    if differences:
         over = f", mean over {'; '.join(task.title for task in first)}" if len(first) > 1 else ""
         caption.append(f"To full data: points above full data for the most epochs{over}. To equal time: the same for "
                        "fewer epochs in the same time.")  # fmt: skip
-    else:
-        table = [line[:-2] for line in table]
     return [table, " ".join([*caption, LEGEND])]
 
 

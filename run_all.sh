@@ -86,4 +86,4 @@ done
 
 if [ "$list" ]; then exit; fi
 python report.py "$out" --to "$out/report" || failed=$((failed + 1))
-[ $failed = 0 ] || { echo "run_all.sh: $failed run(s) or the report failed, see above; start it again to repeat them" >&2; exit 1; }
+[ $failed = 0 ] || { echo "run_all.sh: $failed failure(s), see above; start it again to repeat them" >&2; exit 1; }
