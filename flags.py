@@ -106,7 +106,7 @@ def parser(description):
         help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)")
     add("--cycle", type=count, metavar="T", help="T: epochs between selections (default: 2; infobatch and --sample 1)")
     add("--full-end", type=count_or_0, metavar="F",
-        help="F: train the last F epochs on full data (default: 0; infobatch an eighth of E)")
+        help="F: train the last F epochs on full data (default: 0; infobatch E / 8, rounded up)")
     add("--selection", choices=["dynamic", "static"],
         help="dynamic: select every T epochs; static: once, then train E epochs from the pretrained weights "
         "(default: dynamic)")
@@ -115,18 +115,19 @@ def parser(description):
     add("--draw", action="store_true", dest="sample", help=argparse.SUPPRESS)  # old name
     add("--stratify", action="store_true", help="keep equally many samples from each of 50 ranges of scores")
     add("--offset", type=number(float, "at least 0 and below 1", lambda o: 0 <= o < 1), metavar="o",
-        help="o: set aside this fraction, the very highest scores (default: 0)")
+        help="o: leave out this fraction of the samples, with the very highest scores (default: 0)")
     add("--rescore", choices=["all", "none"], help="all: a pass over every sample before a selection, dropout off; "
         "none: scores of the last training steps (default: all; dynamic --sample: none)")
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
         "(default: 0.8; 1 for classification, with --sample and for forgetting)")
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
-        help="c: weight of the deviation that is added to the average (default: 1; 0 where α = 1)")
+        help="c: weight of the scores' standard deviation, which is added to the average (default: 1; 0 where α = 1)")
 
     add = p.add_argument_group("training").add_argument
     add("--model", default=DEFAULT_MODEL, metavar="ID", help="Hugging Face hub id or local folder")
     add("--epochs", type=count, default=10, metavar="E", help="E: all epochs; static: the epochs after the selection")
-    add("--lr", type=positive, help="learning rate at the start (default: 2e-4; classification 1e-4)")
+    add("--lr", type=positive,
+        help="learning rate at the start (default: 2e-4; classification 1e-4; try 3e-5 with a base-size model)")
     add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: falling to 0, or constant")
     add("--clip", type=positive, default=1.0, metavar="NORM", help="largest norm of the gradient of the mean loss")
     add("--batch-size", type=count, default=32, metavar="B", help="samples in a training step")
@@ -155,7 +156,7 @@ def parse(argv, description):
         args.dataset = os.path.abspath(args.dataset)
     args.data_dir = os.path.abspath(args.data_dir or default_folder())
     args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
-    classifies = find(args.dataset)[0].classifies
+    classifies = bool(find(args.dataset)[0].metrics)
     args.lr = getattr(args, "lr", 1e-4 if classifies else 2e-4)
     vars(args).update(defaults(args, given, classifies))
 

@@ -134,14 +134,14 @@ def infer(model, split, batch_list):
         yield batch, model(batch, product)
 
 
-def predictions(model, split, tokens=None):
+def predictions(model, split):
     """Return the most probable label of each sample, (N,) int64, and a list of the tags of its words, int64 arrays.
 
     Both are in dataset order. Words that were cut off have no tag, so an array may be shorter than its utterance.
-    Without slots the arrays are empty. tokens: as in sorted_batches.
+    Without slots the arrays are empty.
     """
     labels, tags = np.empty(len(split), dtype=np.int64), [np.empty(0, dtype=np.int64)] * len(split)
-    for batch, (logits, tag_logits) in infer(model, split, sorted_batches(split, tokens=tokens)):
+    for batch, (logits, tag_logits) in infer(model, split, sorted_batches(split)):
         labels[batch.indices] = logits.argmax(-1).cpu()
         if tag_logits is not None:
             is_word, found = (batch.tags != IGNORE).cpu().numpy(), tag_logits.argmax(-1).cpu().numpy()

@@ -65,11 +65,11 @@ SCORES = {"el2n": el2n, "loss": losses}
 METHODS = ("full", "random", *SCORES, "forgetting", "infobatch", "grand")
 
 
-def score(model, split, method, tokens=None):
+def score(model, split, method):
     """Score every sample of `split` with dropout off, which stays off. Returns (N,) fp32 on the split's device.
 
-    method: a key of SCORES, or "grand", which takes one backward pass for each sample. tokens: the most tokens in a
-    batch, as in sorted_batches. Several processes share the work, and each returns all scores.
+    method: a key of SCORES, or "grand", which takes one backward pass for each sample. Several processes share the
+    work, and each returns all scores.
     """
     scores = torch.zeros(len(split), device=split.tokens.device)
     if method == "grand":
@@ -77,7 +77,7 @@ def score(model, split, method, tokens=None):
         for i in shard(np.arange(len(split))):
             scores[i] = gradient_norm(model, split.batch(np.array([i])))
     else:
-        for batch, outputs in infer(model, split, shard(sorted_batches(split, tokens=tokens))):
+        for batch, outputs in infer(model, split, shard(sorted_batches(split))):
             scores[torch.as_tensor(batch.indices, device=scores.device)] = SCORES[method](outputs, batch)
     return all_reduce_sum(scores)
 

@@ -23,11 +23,6 @@ class Source(NamedTuple):
     licence: str
     metrics: tuple[str, ...] = ()  # of metrics.CLASSIFICATION, the main one first; none for intent and slots
 
-    @property
-    def classifies(self):
-        """Whether the task is classification; else it is intent and slots."""
-        return bool(self.metrics)
-
 
 def glue(task, rows, texts, known=("0", "1"), metrics=("accuracy",), **options):
     """Return the Source of a GLUE task. options: of `readers.read_glue`."""

@@ -25,7 +25,7 @@ def main(argv=None):
             if names:
                 download.fetch(name, source, path, files)
             here = "generated" if path is None else "no" if download.absent(path, files) else path
-            task, rows = "classification" if source.classifies else "intent, slots", " / ".join(map(str, source.rows))
+            task, rows = "classification" if source.metrics else "intent, slots", " / ".join(map(str, source.rows))
             print(f"{name:<6} {task:<14}  {rows:<22}  {source.licence:<20}  on disk: {here}", flush=True)
     except (OSError, UserError) as error:  # OSError: a full disk, or a closed pipe
         print(f"python -m data: error: {error}", file=sys.stderr)

@@ -1,11 +1,13 @@
 """The model's parts do what they say: losses, heads, inference, predict, save and load."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from conftest import refused_with
 from torch.nn import functional as F
 
-from data import IGNORE, Sample, encode, load_tokenizer
+from data import IGNORE, Sample, encode, load_tokenizer, sorted_batches
 from models import NLUModel, build_model, losses, predictions
 
 
@@ -20,10 +22,11 @@ def test_losses_agree_with_one_utterance_at_a_time(model, demo_data):
         assert loss.item() == pytest.approx(0.5 * intent + 0.5 * slots, rel=1e-5)
 
 
-def test_predictions_are_in_dataset_order_without_words_that_were_cut_off(model, tokenizer):
+def test_predictions_are_in_dataset_order_without_words_that_were_cut_off(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("models.sorted_batches", partial(sorted_batches, tokens=12))  # several batches
     texts = [["play", "\u200b", "jazz"], ["wake", "me", "up", "at", "seven"], ["stop"]]
     samples = [Sample(words, "x", ["O"] * len(words)) for words in texts]
-    labels, tags = predictions(model, encode(samples, tokenizer, 6, {}, {}), tokens=12)
+    labels, tags = predictions(model, encode(samples, tokenizer, 6, {}, {}))
     assert list(map(len, tags)) == [3, 4, 1]  # "seven" is cut off
     for i, sample in enumerate(samples):
         label, (row,) = predictions(model, encode([sample], tokenizer, 6, {}, {}))

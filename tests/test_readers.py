@@ -49,7 +49,7 @@ def test_every_reader_gives_back_what_was_written(tmp_path, tokenizer, capsys, n
     assert len(splits) == len(source.rows)
     for split, samples in splits.items():
         texts, tags, labels = map(list, zip(*[(a.split(), b.split(), label) for a, b, label in ROWS]))
-        if source.classifies:
+        if source.metrics:
             texts, tags = ['"a b', "c"] if name in ("cola", "sst2") else [('"a b', "d"), ("c", "")], None
             labels = LABELS.get(name, ["0", "1"])
         found = [(text, label.removeprefix("IN:"), own) for text, label, own, _ in samples]
@@ -89,7 +89,7 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     """Folders of words and tags, and .tsv, .csv and .jsonl files, as spreadsheets and pandas write them."""
     samples = read_own(write(tmp_path, files))["train"]
     assert [sample[:2] for sample in samples] == list(zip(texts, "xy"))
-    assert find(str(tmp_path))[0].classifies == (samples[0].tags is None)
+    assert bool(find(str(tmp_path))[0].metrics) == (samples[0].tags is None)
 
 
 @pytest.mark.parametrize(("files", "message"), [
