@@ -38,12 +38,13 @@ def panel(ax, task, arms, styles):
     """Draw one Task. A point far below full data sits at the lower edge, beside its value."""
     curve = [(task.percent(cost), accuracy) for cost, accuracy, _ in task.corners]
     full = [arm.mean for arm in task.baselines]
-    ax.plot(*zip(*curve), color="black", lw=1.5, label="full data, the best so far")
+    ax.plot(*zip(*curve), color="black", lw=1.5, label="full data, upper envelope")
     for arm in task.baselines:
         fill = "white" if len(arm.rows) < 3 else "black"
         ax.plot(task.percent(arm.cost), arm.mean, color="black", marker="o", ms=3, mfc=fill, zorder=3)
     edge = min(full) - 1.5 * max(1.0, max(full) - min(full))
-    for name, (color, marker) in styles.items():
+    corners = [(4, 3), (4, -9), (-16, 3), (-16, -9)]  # where a point's keep fraction stands, by method
+    for i, (name, (color, marker)) in enumerate(styles.items()):
         points = sorted((task.percent(arm.cost), arm.mean, arm.deviation, len(arm.rows), keep)
                         for (keep, method), arm in arms.items() if method == name)  # fmt: skip
         if not points:
@@ -54,7 +55,7 @@ def panel(ax, task, arms, styles):
         ax.plot(times[few], heights[few], color=color, marker=marker, ms=4.5, mfc="white", ls="", zorder=4)
         ax.errorbar(times, means, yerr=spreads, color=color, ls="", elinewidth=0.7, alpha=0.6)
         for time, height, accuracy, keep in zip(times, heights, means, keeps):
-            text = keep if accuracy >= edge else f"{keep}: {accuracy:.1f}"
-            ax.annotate(text, (time, height), xytext=(4, 3), textcoords="offset points", size=7, color=color)
+            text, where = (keep, corners[i % 4]) if accuracy >= edge else (f"{keep}: {accuracy:.1f}", corners[0])
+            ax.annotate(text, (time, height), xytext=where, textcoords="offset points", size=7, color=color)
     ax.set(title=task.title, ylabel=f"{task.measure}, %")
     ax.set_ylim(bottom=max(edge - 0.03 * (max(full) - edge), ax.get_ylim()[0]))

@@ -98,10 +98,12 @@ def parser(description):
     add("--tune", action="store_true", help="evaluate on a tenth of train, held out, and never on dev or test")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", default="el2n", choices=METHODS, help="how samples are chosen; full keeps all")
+    add("--method", default="el2n", choices=METHODS,
+        help="full: all samples; random: a random fraction; infobatch: all samples above the mean loss, and a fraction "
+        "of the others; el2n, loss, forgetting, grand: the highest scores")
     add("--keep", type=number(float, "above 0 and below 1; --method full keeps everything", lambda k: 0 < k < 1),
         metavar="k", help="k: fraction of the samples to keep (1 - ρ in the paper); "
-        "infobatch: fraction of the samples with a low loss (default: 0.5)")
+        "infobatch: of the samples below the mean loss (default: 0.5)")
     add("--full-epochs", type=count_or_0, metavar="τ",
         help="τ: epochs on full data before the first selection (default: 2; infobatch 1; static random 0)")
     add("--cycle", type=count, metavar="T", help="T: epochs between selections (default: 2; infobatch and --sample 1)")
@@ -125,11 +127,11 @@ def parser(description):
 
     add = p.add_argument_group("training").add_argument
     add("--model", default=DEFAULT_MODEL, metavar="ID", help="Hugging Face hub id or local folder")
-    add("--epochs", type=count, default=10, metavar="E", help="E: all epochs; static: the epochs after the selection")
+    add("--epochs", type=count, default=10, metavar="E", help="E: number of epochs; static: after the selection")
     add("--lr", type=positive,
         help="learning rate at the start (default: 2e-4; classification 1e-4; try 3e-5 with a base-size model)")
     add("--schedule", default="linear", choices=["linear", "constant"], help="learning rate: falling to 0, or constant")
-    add("--clip", type=positive, default=1.0, metavar="NORM", help="largest norm of the gradient of the mean loss")
+    add("--clip", type=positive, default=1.0, metavar="NORM", help="clip the gradient of the mean loss to this norm")
     add("--batch-size", type=count, default=32, metavar="B", help="samples in a training step")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto is bf16 where the hardware has it")
     add("--seed", type=number(int, "from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63), default=0,

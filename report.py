@@ -25,18 +25,19 @@ READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the seconds are means ± standard
 deviations over seeds. Time is the mean of training, scoring and selection, in the run's own full epochs. One full epoch
 is the time for all its tokens at the run's mean training speed. Differences are in points and paired by seed. From 3
-seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain. In the table
-above, a dataset counts as one value. Its intervals need 3 seeds everywhere. They treat the datasets as a random sample,
-which they are not. Where several learning rates ran with the most seeds, dev chooses among these. The equal-time curve
-is the upper concave envelope of the means on full data, and it never falls. It skips a mean below the line between two
-others. The reported numbers decide which means it skips. This favours full data, above all where dev is reported. Where
-a number of epochs is missing, the straight line favours pruning. Letters name machines with a precision. Accuracy is
+seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain. No interval
+knows that a test set is a sample, too. Of 20 intervals, one misses the true value by chance. In the table above, a
+dataset counts as one value. Its intervals need 3 seeds everywhere. They treat the datasets as a random sample, which
+they are not. Where several learning rates ran with the most seeds, dev chooses among these. The equal-time curve is the
+upper concave envelope of the means on full data, and it never falls. It skips a mean below the line between two others.
+The reported numbers decide which means it skips. This favours full data, above all where dev is reported. Where a
+number of epochs is missing, the straight line favours pruning. Letters name machines with a precision. Accuracy is
 compared across them. Seconds compare only within one letter, and only while nothing else ran on the machine."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
-rule. Sampled EL2N is `--sample`. n counts seeds. If a method ran with several settings, the table shows the best on dev
-of the settings with the most seeds. It omits methods that ran on fewer than half of the datasets. Compare only cells of
-equal n. The full tables pair runs by seed."""
+rule. Sampled EL2N is `--sample`. Random each epoch draws anew before every epoch. n counts seeds. A cell shows the
+setting that is best on dev, among the settings with the most seeds. The table omits methods that ran on fewer than half
+of the datasets. Compare only cells of equal n. The full tables pair runs by seed."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
