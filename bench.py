@@ -143,7 +143,7 @@ def main(argv=None):
     p.add_argument("--seconds", type=positive, default=3.0, help="least seconds of a turn (default: 3)")
     args = p.parse_args(argv)
     try:
-        print(table(args, *measure(args)))
+        print(table(args, *measure(args)), flush=True)
     except (UserError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2

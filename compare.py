@@ -62,16 +62,14 @@ def completed(row):
     metric = "frame_acc" if "frame_acc" in metrics else next(iter(metrics), None)
     tokens, seconds = args["epochs"] * row["tokens_seen"] / row["tokens_full"], row["seconds"]
     cost = tokens * seconds["total"] / seconds["train"]
-    positive = cost, tokens, args["epochs"], args["lr"], args.get("keep") or 1
     if not all(-100 <= value <= 100 for value in [row["dev"][metric], *metrics.values()]):
         raise ValueError("a metric is not in percent")
-    if not all(0 < value < 1e9 for value in positive):
+    if not all(0 < value < 1e9 for value in (cost, tokens, args["epochs"], args["lr"], args.get("keep") or 1)):
         raise ValueError("epochs, lr, keep, tokens and seconds must be above 0")
     if {type(args[flag]) for flag in ("dataset", "model", "method")} != {str} or type(args["seed"]) is not int:
         raise TypeError("dataset, model and method must be text, and seed a whole number")
-    processor = facts.get("cpu" if facts.get("device") == "cpu" else "device")
-    machine = f"{processor}, threads {facts.get('threads')}, processes {facts.get('processes')}"
-    machine += f", {args.get('precision')}"
+    hardware = facts.get("cpu" if facts.get("device") == "cpu" else "device")
+    machine = f"{hardware}, threads {facts.get('threads')}, processes {facts.get('processes')}, {args.get('precision')}"
     return {**row, "metrics": metrics, "metric": metric, "split": split, "machine": machine, "cost": cost}
 
 
@@ -139,8 +137,7 @@ class Task:
         self.title, self.kind = (clean(", ".join([name, *further])) for name in (args["dataset"], self.measure))
         self.split = rows[0]["split"]
         full = sorted((arm for arm in self.arms if arm.full), key=lambda arm: -arm.epochs)  # names may differ
-        by_epochs = groupby(full, key=lambda arm: arm.epochs)
-        self.baselines = [best_on_dev(list(arms)) for _, arms in by_epochs]
+        self.baselines = [best_on_dev(list(arms)) for _, arms in groupby(full, key=lambda arm: arm.epochs)]
         self.full = self.baselines[0] if self.baselines else None
         self.epochs = self.full.epochs if self.full else max(arm.epochs for arm in self.arms)
         self.corners = envelope([(arm.cost, arm.mean, arm) for arm in self.baselines])

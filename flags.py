@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ USES = {
     "full": set(),
     "random": {"keep", "full_epochs", "cycle", "full_end", "selection"},
     **dict.fromkeys(SCORES, RANKED | {"rescore", "sample"}),
-    "forgetting": RANKED,
-    "grand": RANKED,
+    **dict.fromkeys(("forgetting", "grand"), RANKED),
     "infobatch": {"keep", "full_epochs", "cycle", "full_end"},
 }
 PRUNING = {flag for flags in USES.values() for flag in flags}
@@ -41,8 +41,7 @@ def defaults(args, given, classifies):
     if sample:
         flags |= {"cycle": 1, "rescore": "all" if static else "none"}
     if args.method == "infobatch":
-        full_end = -(-args.epochs // 8)  # its authors prune while e + 1 <= 0.875 E
-        flags |= {"cycle": 1, "full_epochs": 1, "full_end": full_end}
+        flags |= {"cycle": 1, "full_epochs": 1, "full_end": -(-args.epochs // 8)}  # Qin et al.: e + 1 <= 0.875 E
     if args.method == "random" and static:
         flags["full_epochs"] = 0  # nothing has to be learned before a random choice
     return {flag: value if flag in USES[args.method] else None for flag, value in flags.items() if flag not in given}
@@ -52,13 +51,10 @@ def number(kind, right, holds):
     """Return a type for argparse: int or float, refused where `holds` is false of it. right: what it must be."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {right}")
-        return value
+        with suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} must be {right}")
 
     return parse
 

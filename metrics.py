@@ -65,9 +65,5 @@ def evaluate(data, name, labels, tags):
     found = [row + ["O-lost"] * (len(own) - len(row)) for row, own in zip(found, wanted)]  # no span, and not O
     frames = [label == own and row == names for label, own, row, names in zip(labels, wanted_labels, found, wanted)]
     right = [tag == own for row, names in zip(found, wanted) for tag, own in zip(row, names)]
-    return {
-        "intent_acc": 100 * accuracy(wanted_labels, labels),
-        "slot_f1": 100 * span_f1(wanted, found),
-        "frame_acc": 100 * float(np.mean(frames)),
-        "slot_token_acc": 100 * float(np.mean(right)),
-    }
+    return {"intent_acc": 100 * accuracy(wanted_labels, labels), "slot_f1": 100 * span_f1(wanted, found),
+            "frame_acc": 100 * float(np.mean(frames)), "slot_token_acc": 100 * float(np.mean(right))}  # fmt: skip

