@@ -43,7 +43,7 @@ def panel(ax, task, arms, styles):
         fill = "white" if len(arm.rows) < 3 else "black"
         ax.plot(task.percent(arm.cost), arm.mean, color="black", marker="o", ms=3, mfc=fill, zorder=3)
     edge = min(full) - 1.5 * max(1.0, max(full) - min(full))
-    corners = [(4, 3), (4, -9), (-16, 3), (-16, -9)]  # where a point's keep fraction stands, by method
+    places = [(4, 3), (4, -9), (-4, 3), (-4, -9)]  # where a point's keep fraction stands, by method
     for i, (name, (color, marker)) in enumerate(styles.items()):
         points = sorted((task.percent(arm.cost), arm.mean, arm.deviation, len(arm.rows), keep)
                         for (keep, method), arm in arms.items() if method == name)  # fmt: skip
@@ -55,7 +55,8 @@ def panel(ax, task, arms, styles):
         ax.plot(times[few], heights[few], color=color, marker=marker, ms=4.5, mfc="white", ls="", zorder=4)
         ax.errorbar(times, means, yerr=spreads, color=color, ls="", elinewidth=0.7, alpha=0.6)
         for time, height, accuracy, keep in zip(times, heights, means, keeps):
-            text, where = (keep, corners[i % 4]) if accuracy >= edge else (f"{keep}: {accuracy:.1f}", corners[0])
-            ax.annotate(text, (time, height), xytext=where, textcoords="offset points", size=7, color=color)
+            text, (x, y) = (keep, places[i % 4]) if accuracy >= edge else (f"{keep}: {accuracy:.1f}", places[0])
+            ax.annotate(text, (time, height), xytext=(x, y), textcoords="offset points", size=7, color=color,
+                        ha="left" if x > 0 else "right")  # fmt: skip
     ax.set(title=task.title, ylabel=f"{task.measure}, %")
     ax.set_ylim(bottom=max(edge - 0.03 * (max(full) - edge), ax.get_ylim()[0]))

@@ -41,7 +41,8 @@ def defaults(args, given, classifies):
     if sample:
         flags |= {"cycle": 1, "rescore": "all" if static else "none"}
     if args.method == "infobatch":
-        flags |= {"cycle": 1, "full_epochs": 1, "full_end": -(-args.epochs // 8)}  # Qin et al.: e + 1 <= 0.875 E
+        # Qin et al. prune while e + 1 <= 0.875 E, for e from 0.
+        flags |= {"cycle": 1, "full_epochs": 1, "full_end": -(-args.epochs // 8)}
     if args.method == "random" and static:
         flags["full_epochs"] = 0  # nothing has to be learned before a random choice
     return {flag: value if flag in USES[args.method] else None for flag, value in flags.items() if flag not in given}
@@ -96,7 +97,7 @@ def parser(description):
     add = p.add_argument_group("method").add_argument
     add("--method", default="el2n", choices=METHODS,
         help="full: all samples; random: a random fraction; infobatch: all samples above the mean loss, and a fraction "
-        "of the others; el2n, loss, forgetting, grand: the highest scores")
+        "of the others; any other method: the highest scores, unless --sample or --stratify is given")
     add("--keep", type=number(float, "above 0 and below 1; --method full keeps everything", lambda k: 0 < k < 1),
         metavar="k", help="k: fraction of the samples to keep (1 - ρ in the paper); "
         "infobatch: of the samples below the mean loss (default: 0.5)")
@@ -119,7 +120,7 @@ def parser(description):
     add("--ema", type=share, metavar="α", help="α: weight of the newest score in the average over selections "
         "(default: 0.8; 1 for classification, with --sample and for forgetting)")
     add("--std-weight", type=number(float, "at least 0", lambda c: 0 <= c < np.inf), metavar="c",
-        help="c: weight of the scores' standard deviation, which is added to the average (default: 1; 0 where α = 1)")
+        help="c: weight of the deviation of a sample's scores, added to their average (default: 1; 0 where α = 1)")
 
     add = p.add_argument_group("training").add_argument
     add("--model", default=DEFAULT_MODEL, metavar="ID", help="Hugging Face hub id or local folder")

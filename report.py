@@ -26,7 +26,7 @@ A line is one method with one setting, and n counts its seeds. The metric and th
 deviations over seeds. Time is the mean of training, scoring and selection, in the run's own full epochs. One full epoch
 is the time for all its tokens at the run's mean training speed. Differences are in points and paired by seed. From 3
 seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain. No interval
-knows that a test set is a sample, too. Of 20 intervals, one misses the true value by chance. In the table above, a
+knows that a test set is a sample, too. About one of 20 intervals misses the true value by chance. In the table above, a
 dataset counts as one value. Its intervals need 3 seeds everywhere. They treat the datasets as a random sample, which
 they are not. Where several learning rates ran with the most seeds, dev chooses among these. The equal-time curve is the
 upper concave envelope of the means on full data, and it never falls. It skips a mean below the line between two others.

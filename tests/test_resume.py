@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -108,12 +110,17 @@ def test_a_full_disk_leaves_only_whole_files(run, command, whole, monkeypatch, c
 # ---- the same command again
 
 
-def test_a_finished_run_is_finished(command, capsys):
+def test_a_finished_run_is_finished(command, monkeypatch, capsys):
     """--resume says so. Without it, and where a model is wanted that was not saved, the command is refused."""
     assert train.main(command("--no-model")) == 0
     capsys.readouterr()
     assert train.main(command("--no-model", "--resume")) == 0
     assert "finished" in capsys.readouterr().out
+    if os.path.exists("/dev/full"):
+        with suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            status = train.main(command("--no-model", "--resume"))
+        assert status == 2
     for flags in (["--no-model"], ["--resume"], []):
         assert "data-el2n-0.5-seed0-" in refused(capsys, command(*flags))
 
