@@ -60,7 +60,7 @@ def test_scores_that_make_no_sense_are_refused(bad, line, rng):
 
 
 @pytest.mark.parametrize(("scores", "keep"), [([1, 2, 3, 4], 0.5), ([5, 0.1, 0.1, 1, 2], 0.6), ([1, 1, 1], 1 / 3),
-                                                ([1, 0, 2], 0.5)])
+                                                ([1, 0, 2], 0.5), ([1, 1e-30, 2], 0.5)])
 def test_sampling_has_the_chances_of_one_draw_after_the_other(rng, scores, keep):
     """Each draw is in proportion to the scores of the samples that are left. A score of 0 comes last."""
     n, wanted = 5000, Counter()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from data import IGNORE, Batch, Split, sorted_batches
 from engine import FlatAdamW, limit_vocabulary, transformers_forward
 from models import build_model, losses
-from scoring import SCORES, UNSEEN, Scorer, el2n, score
+from scoring import SCORES, UNSEEN, Scorer, el2n, score, squared_error
 
 
 def batch_of(labels, tags=None, rows=None):
@@ -41,6 +41,7 @@ def test_el2n_agrees_with_one_sample_at_a_time(rng, scale):
     np.testing.assert_allclose(el2n((logits, tag_logits), batch_of(labels, tags)).numpy(), wanted, atol=1e-6)
     wanted = [slow_el2n(z[i], labels[i]) for i in range(50)]
     np.testing.assert_allclose(el2n((logits, None), batch_of(labels)).numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(squared_error(logits, torch.tensor(labels)), np.square(wanted), atol=1e-6)
 
 
 def test_el2n_of_special_cases():
