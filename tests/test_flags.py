@@ -61,7 +61,8 @@ def test_the_help_can_be_printed():
     ("--sample", (10, 2e-4, 0.5, 2, 1, 1.0, 0.0, "none")),
     ("--selection static", (10, 2e-4, 0.5, 2, 2, 1.0, 0.0, "all")),
     # The paper does not smooth scores of classification.
-    ("--dataset rte", (10, 1e-4, 0.5, 2, 2, 1.0, 0.0, "all")), ("--dataset sst2", (10, 1e-4, 0.5, 2, 2, 1.0, 0.0, "all")),
+    ("--dataset rte", (10, 1e-4, 0.5, 2, 2, 1.0, 0.0, "all")),
+    ("--dataset sst2", (10, 1e-4, 0.5, 2, 2, 1.0, 0.0, "all")),
 ])  # fmt: skip
 def test_the_defaults_are_those_of_the_readme(line, wanted):
     args = flags.parse(line.split(), "")
