@@ -24,15 +24,20 @@ from errors import Parser, UserError, expect, leave
 READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the seconds are means ± standard
 deviations over seeds. Time is the mean of training, scoring and selection, in the run's own full epochs. One full epoch
-is the time for all its tokens at the run's mean training speed. Differences are in points and paired by seed. From 3
-seeds on, they have 95 % intervals over seeds. With 3 seeds, the width of an interval is itself uncertain. No interval
-knows that a test set is a sample, too. About one of 20 intervals misses the true value by chance. In the table above, a
-dataset counts as one value. Its intervals need 3 seeds everywhere. They treat the datasets as a random sample, which
-they are not. Where several learning rates ran with the most seeds, dev chooses among these. The equal-time curve is the
-upper concave envelope of the means on full data, and it never falls. It skips a mean below the line between two others.
-The reported numbers decide which means it skips. This favours full data, above all where dev is reported. Where a
-number of epochs is missing, the straight line favours pruning. Letters name machines with a precision. Accuracy is
-compared across them. Seconds compare only within one letter, and only while nothing else ran on the machine."""
+is the time for all its tokens at the run's mean training speed. Where several learning rates ran with the most seeds,
+dev chooses among these.
+
+Differences are in points and paired by seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the
+width of an interval is itself uncertain. A test set is a sample, too, and no interval includes this. About one of 20
+intervals misses the true value by chance. In the table above, a dataset counts as one value. Its intervals need 3 seeds
+everywhere. They treat the datasets as a random sample, which they are not.
+
+The equal-time curve is the upper concave envelope of the means on full data, and it never falls. It skips a mean below
+the line between two others. The reported numbers decide which means it skips. This favours full data, above all where
+dev is reported. Where a number of epochs is missing, the straight line favours pruning.
+
+Letters name machines with a precision. Accuracy is compared across them. Seconds compare only within one letter, and
+only while nothing else ran on the machine."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
 rule. Sampled EL2N is `--sample`. Random each epoch draws anew before every epoch. n counts seeds. A cell shows the
@@ -150,7 +155,7 @@ def full_page(found, arms, wide):
     """Return the blocks of all tables."""
     names = dict.fromkeys(row["machine"] for task in found for arm in task.arms for row in arm.rows.values())
     letters = {name: chr(65 + i % 26) * (i // 26 + 1) for i, name in enumerate(names)}
-    blocks = [*headline(found, arms), READING]
+    blocks = [*headline(found, arms), *READING.split("\n\n")]
     for task in found:
         steps = [f"{arm.epochs} (lr {arm.args['lr']:g}{task.extras(arm)}, n {len(arm.rows)})"
                  for arm in reversed(task.baselines)]  # fmt: skip
