@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from data import Batch, pretrained
+from data import pretrained
 from engine import first_position
 from errors import UserError, expect, one_line
 
@@ -58,7 +58,7 @@ def padded_pair(split):
     mask = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask[:, :16].clone()
     mask[1, -1], tokens[1, -1] = False, split.pad
     types, tags = (None if array is None else array[:, :16] for array in (batch.types, batch.tags))
-    return Batch(batch.indices, tokens, types, mask, batch.labels, tags)
+    return batch._replace(tokens=tokens, types=types, mask=mask, tags=tags)
 
 
 def try_batch(model, batch, precision):

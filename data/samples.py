@@ -28,7 +28,7 @@ def digest(splits):
     return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
 
 
-def hold_out(samples, share, seed=0):
+def hold_out(samples, share):
     """Split off at most share * N of N samples, at random. Samples of one text stay together.
 
     Returns (the others, the held-out samples). With two or more samples, at least one is held out.
@@ -37,7 +37,7 @@ def hold_out(samples, share, seed=0):
     for i, sample in enumerate(samples):
         groups.setdefault(str(sample.text), []).append(i)
     groups = list(groups.values())
-    for i in np.random.default_rng(seed).permutation(len(groups)):
+    for i in np.random.default_rng(0).permutation(len(groups)):
         if len(held) + len(groups[i]) <= share * len(samples):
             held.update(groups[i])
     if not held and len(samples) > 1:  # there are few texts: take one sample, whose text stays in train, too
@@ -45,6 +45,6 @@ def hold_out(samples, share, seed=0):
     return tuple([sample for i, sample in enumerate(samples) if (i in held) == wanted] for wanted in (False, True))
 
 
-def subset(samples, n, seed=0):
+def subset(samples, n):
     """Return n samples, drawn at random, in their order; all where there are fewer."""
-    return [samples[i] for i in np.sort(np.random.default_rng(seed).permutation(len(samples))[:n])]
+    return [samples[i] for i in np.sort(np.random.default_rng(0).permutation(len(samples))[:n])]

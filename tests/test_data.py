@@ -94,6 +94,7 @@ def test_encoding_agrees_with_a_slow_twin(tokenizer, max_length):
         assert batch.mask[i].tolist() == [True] * len(ids) + [False] * padded
         assert batch.labels[i] == label_ids.get(label, len(label_ids))
     assert split.truncated == truncated and bool(truncated) == (max_length == 6)
+    assert split.tokens.element_size() == 4  # some vocabularies have more than 2¹⁵ tokens
     assert batch.tokens[0, 1] == batch.tokens[0, 3] == tokenizer.unk_token_id
 
 
@@ -167,26 +168,21 @@ def test_what_a_user_may_not_expect_is_said(tmp_path, tokenizer, capsys):
     assert "2 dev words have a tag" in said
 
 
-@pytest.mark.parametrize(("splits", "left"), [
-    ({"dev": "ab", "test": ["-1", "-1"]}, {"train": 20, "dev": 2}),
-    ({"dev": ["-1"], "test": "ab"}, {"train": 18, "dev": 2, "test": 2}),
-    ({"dev": "ac", "test": "bc"}, {"train": 20, "dev": 2, "test": 2}),
+@pytest.mark.parametrize(("splits", "tune", "left"), [
+    ({"dev": "ab", "test": ["-1", "-1"]}, False, {"train": 20, "dev": 2}),
+    ({"dev": ["-1"], "test": "ab"}, False, {"train": 18, "dev": 2, "test": 2}),
+    ({"dev": "ac", "test": "bc"}, False, {"train": 20, "dev": 2, "test": 2}),
+    ({}, False, {"train": 18, "dev": 2}),
+    ({"dev": "a", "test": "b"}, True, {"train": 18, "dev": 2}),
 ])  # fmt: skip
-def test_a_split_without_known_labels_is_no_result(tmp_path, capsys, splits, left):
-    """Test sets are often published with the label -1. Such a split is left out, and dev held out if it was dev."""
-    got = read(str(write(tmp_path, tables(train="ab" * 10, **splits))))
+def test_a_split_without_known_labels_is_left_out_and_dev_held_out(tmp_path, capsys, splits, tune, left):
+    """Test sets are often published with the label -1. --tune reads neither dev nor test. Sample.row finds each sample
+    again in the user's file."""
+    got = read(str(write(tmp_path, tables(train="ab" * 10, **splits))), tune=tune)
+    said, held_out = capsys.readouterr().out, left["train"] == 18
     assert {name: len(split) for name, split in got.items()} == left
-    said = capsys.readouterr().out
-    assert ("left out" in said) == (left != {"train": 20, "dev": 2, "test": 2})
-    assert ("held out" in said) == (left["train"] == 18)
-
-
-@pytest.mark.parametrize("tune", [False, True])
-def test_a_part_of_train_is_held_out_where_there_is_no_dev_and_to_tune(tmp_path, tune):
-    """--tune reads neither dev nor test. Sample.row finds each sample again in the user's file."""
-    splits = read(str(write(tmp_path, tables(train="ab" * 10, **{"dev": "a", "test": "b"} if tune else {}))), tune=tune)
-    assert splits.keys() == {"train", "dev"} and len(splits["dev"]) == 2
-    samples = sorted(splits["train"] + splits["dev"], key=lambda sample: sample.row)
+    assert ("left out" in said) == ("-1" in str(splits)) and ("held out" in said) == held_out
+    samples = sorted(got["train"] + got["dev"] * held_out, key=lambda sample: sample.row)
     assert [sample.text for sample in samples] == [f"x {row} now please" for row in range(20)]
 
 
