@@ -40,9 +40,10 @@ Letters name machines with a precision. Accuracy is compared across them. Second
 only while nothing else ran on the machine."""
 LEGEND = """\
 Time is training, scoring and selection, in percent of full data at the run's own speed. Highest EL2N is the paper's
-rule. Sampled EL2N is `--sample`. Random each epoch draws anew before every epoch. n counts seeds. A cell shows the
-setting that is best on dev, among the settings with the most seeds. The table omits methods that ran on fewer than half
-of the datasets. Compare only cells of equal n. The full tables pair runs by seed."""
+rule. Sampled EL2N is `--sample`. Random each epoch draws anew before every epoch. InfoBatch leaves out the fraction r
+of the samples below the mean loss. n counts seeds. A cell shows the setting that is best on dev, among the settings
+with the most seeds. The table omits methods that ran on fewer than half of the datasets. Compare only cells of equal n.
+The full tables pair runs by seed."""
 
 
 # ---- blocks: a page is a list of text and tables; a table is a list of lines, and a line a list of cells
