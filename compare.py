@@ -168,8 +168,10 @@ class Task:
         costs = [cost for cost, _, _ in self.corners]
         if arm.full or not costs or arm.cost < costs[0]:
             return []
-        curves = {seed: [corner.accuracy.get(seed, np.nan) for *_, corner in self.corners] for seed in sorted(arm.rows)}
-        gains = [arm.accuracy[seed] - float(np.interp(arm.cost, costs, curve)) for seed, curve in curves.items()]
+        gains = []
+        for seed in sorted(arm.rows):
+            curve = [corner.accuracy.get(seed, np.nan) for _, _, corner in self.corners]
+            gains.append(arm.accuracy[seed] - float(np.interp(arm.cost, costs, curve)))
         return [gain for gain in gains if np.isfinite(gain)]  # else a corner beside the cost lacks the seed
 
 

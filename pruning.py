@@ -38,12 +38,17 @@ def select(importance, args, rng):
     return kept, np.ones(len(importance), np.float32)
 
 
+def kept_size(n, keep):
+    """Return round(keep · N); a half is rounded to the even number."""
+    return round(keep * n)
+
+
 def ranking(scores, keep, offset):
-    """Return all samples by falling score, without the round(offset·N) very highest, and round(keep·N).
+    """Return all samples by falling score, without the round(offset·N) very highest, and the number to keep.
 
     Of equal scores the lower index comes first.
     """
-    size = round(keep * len(scores))
+    size = kept_size(len(scores), keep)
     first = min(round(offset * len(scores)), len(scores) - size)  # `size` of them must remain
     return np.argsort(-scores, kind="stable")[first:], size
 

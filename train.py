@@ -26,7 +26,7 @@ from engine import FlatAdamW, limit_vocabulary, set_matmul_backend
 from errors import UserError, expect, leave, one_line
 from metrics import evaluate
 from models import build_model, losses, predictions
-from pruning import Smoother, make_plan, select
+from pruning import Smoother, kept_size, make_plan, select
 from runs import Clock, Run, summary
 from scoring import Scorer
 
@@ -161,7 +161,7 @@ def fine_tune(args, clock, start):
 
 def check_sizes(args, n):
     """Raise UserError where a batch or a selection of n train samples would be too small."""
-    size, least = round((args.keep or 1) * n), 2 * world_size()
+    size, least = kept_size(n, args.keep or 1), 2 * world_size()
     expect(least == 2 or min(args.batch_size, n) >= least, f"--batch-size {args.batch_size}",
            f"{world_size()} processes need at least {least}, and as many samples")  # fmt: skip
     expect(size >= args.batch_size or args.method in ("full", "infobatch"), f"--keep {args.keep}", f"keeps {size} of "

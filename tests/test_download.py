@@ -151,20 +151,31 @@ def test_only_what_is_not_there_is_fetched_and_once(upstream, asked, folder, mon
 
 @pytest.fixture
 def published(upstream, tmp_path, monkeypatch):
-    """published(name, rows) puts a small GLUE task upstream, and its addresses, hashes and counts in `data`."""
+    """published(name, rows) puts a small dataset upstream, and its addresses, hashes and counts in `data`."""
 
     def publish(name, rows, right=None):
         make_raw(tmp_path / "made", name)
         made, files = tmp_path / "made" / DATASETS[name].folder, []
         members = {file.path: file.urls[0].partition("#")[2] for file in FILES[name]}
-        body = zipped({member: (made / path).read_bytes() for path, member in members.items()})
+        body = zipped({member: (made / path).read_bytes() for path, member in members.items() if member})
         for path, member in members.items():
-            file = upstream("glue/data/x.zip", body, right=right or body, member=member)
+            answer = body if member else (made / path).read_bytes()
+            file = upstream("glue/data/x.zip" if member else path, answer, right=right or answer, member=member)
             files.append(file._replace(path=path))
         monkeypatch.setitem(FILES, name, files)
         monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(rows=rows))
 
     return publish
+
+
+@pytest.mark.parametrize(("name", "rows"), [("snips", (8, 6, 4)), ("mtop", (8, 6, 4))])
+def test_a_dataset_is_fetched_on_first_use(published, asked, folder, name, rows):
+    """Plain files and archives, each fetched once."""
+    published(name, rows)
+    for _ in range(2):
+        splits = data.read(name, folder)
+    assert tuple(len(samples) for samples in splits.values()) == rows
+    assert len(asked) == len(set(asked)) > 0
 
 
 def test_glue_archives_that_were_zipped_again_are_accepted_by_their_rows(published, folder, capsys):

@@ -10,7 +10,10 @@ import pytest
 import torch
 from conftest import refused_with
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from data import DEFAULT_MODEL, Dataset, Sample, encode, load_tokenizer
 from data.encoding import local_copy
@@ -101,6 +104,17 @@ def test_an_encoder_trains_and_predicts_the_same_after_loading(build, tmp_path, 
 def test_a_classifier_learns(build, kind, task, precision):
     model, dev, _ = trained(build(kind), TASKS[task], 30, precision)
     assert np.mean(predictions(model, dev)[0] == dev.labels.numpy()) > 0.9
+
+
+@pytest.mark.parametrize("first", [4, 2**15 - 1])
+def test_tables_beyond_int16_train(build, first):
+    """A table may be larger than its vocabulary. A few words may have ids of 32,768 and up."""
+    names = {"[PAD]": 0, "[UNK]": 1} | {name: first + i for i, name in enumerate(sorted(set(" ".join(TEXTS).split())))}
+    made = Tokenizer(WordLevel(names, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+    model, dev, _ = trained(build("bert", tokenizer, vocab_size=40_000), TASKS["joint"])
+    assert dev.tokens.max() == max(names.values()) and len(predictions(model, dev)[0]) == 16
 
 
 # ---- refusals

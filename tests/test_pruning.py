@@ -26,7 +26,8 @@ def test_a_dynamic_plan_selects_every_cycle_between_its_full_epochs(epochs, full
 
 
 def test_a_static_plan_selects_once():
-    assert make_plan(3, 2, static=True) == ["full", "full", "select", "same", "same"]
+    """With τ = 2 and E = 4, there are two epochs before the selection, and four after it."""
+    assert make_plan(4, 2, static=True) == ["full", "full", "select", "same", "same", "same"]
     assert make_plan(2, 0, static=True) == ["select", "same"]
 
 
@@ -99,6 +100,9 @@ def test_infobatch_agrees_with_one_sample_at_a_time(keep):
     draws, mean = np.random.default_rng(7).random(500), sum(scores) / 500
     assert kept.tolist() == [i for i in range(500) if scores[i] >= mean or draws[i] < keep]
     assert weights.tolist() == pytest.approx([1 / keep if score < mean else 1 for score in scores])
+    rounds = [infobatch(scores, keep, np.random.default_rng(seed)) for seed in range(1000)]
+    sums = [scores[kept] @ weights[kept] for kept, weights in rounds]
+    assert np.mean(sums) == pytest.approx(scores.sum(), abs=4 * np.std(sums) / 1000**0.5)
 
 
 def test_the_flags_choose_the_rule(rng):

@@ -103,6 +103,7 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.tsv": "text\tlabel\n"}, "train.tsv: no row"),
     ({"train.tsv": TABLE + "\tx\n"}, "train.tsv:3: no text"),
     ({"train.tsv": TABLE + "b\t \n"}, "train.tsv:3: label ''"),
+    ({"train.tsv": TABLE + "\nb\ty\n"}, "train.tsv:3: 1 columns"),
     ({"train.csv": 'text,label\na,x\n"b" c,y\n'}, "train.csv:3: "),
     ({"train.csv": 'text,label\na,x\n"b,y\nc,y\nd,x\n'}, "train.csv:3: "),  # a quote that never closes
     ({"train.csv": 'text,label\na,x\n"b,y\nc,x\nd",x\ne,x\n'}, "train.csv:3: "),  # closed by a second stray one
@@ -114,6 +115,7 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.jsonl": '{"words": ["a b"], "tags": ["O"], "label": "x"}\n'}, r"train.jsonl:1: .*U\+0020"),
     ({"train.jsonl": '{"words": ["a"], "tags": ["O", "O"], "label": "x"}\n'}, "train.jsonl:1: 1 words but 2 tags"),
     ({**JOINT, "train/seq.in": "a b\nc\u00a0d\n"}, r"seq.in.*:2: .*U\+00A0"),
+    ({**JOINT, "train/seq.in": "a \u2028\nc\n"}, r"seq.in.*:1: .*U\+2028"),
     ({**JOINT, "train/label": "x\n"}, "2 / 2 / 1 lines"),
     ({"train.tsv": TABLE, **{file.replace("train", "test"): text for file, text in JOINT.items()}}, "must be all"),
     ({"train/seq.in": "a"}, "train/seq.out: No such file"),
