@@ -107,20 +107,20 @@ def headline_arms(found):
 def headline(found, arms):
     """Return the blocks of the headline table: a line a method, a column a dataset, one number a cell."""
     titles, seeds = {}, {task: len(task.full.rows) if task.full else 1 for task in found}
-    first = [task for task in found if task.kind == found[0].kind]  # the last columns are means over these
+    first = [task for task in found if task.kind == found[0].kind]  # the differences are means over these
     some = any(task.full for task in found)
     differences = {"to full data": Task.to_full, "to equal time": Task.to_equal_time} if some else {}
-    table = [["keep", "method", "time", *(f"{task.title} (n {seeds[task]})" for task in found), *differences]]
+    table = [["keep", "method", "time", *differences, *(f"{task.title} (n {seeds[task]})" for task in found)]]
     for (keep, name), by_task in arms.items():
         times = [round(task.percent(arm.cost)) for task, arm in by_task.items()]
         span = sorted({min(times), max(times)})
         cells = [keep, name, " to ".join(map(str, span)) + " %"]
+        for difference in differences.values():
+            cells.append(mean_gain([difference(task, by_task[task]) if task in by_task else [] for task in first]))
         for task in found:
             arm = by_task.get(task)
             other_n = f" (n {len(arm.rows)})" if arm and len(arm.rows) != seeds[task] else ""
             cells.append(f"{arm.mean:.1f}{other_n}" if arm else "–")
-        for difference in differences.values():
-            cells.append(mean_gain([difference(task, by_task[task]) if task in by_task else [] for task in first]))
         table.append(cells)
     for task in found:
         titles.setdefault(f"{task.measure} on {task.split}, {task.epochs} epochs", []).append(task.title)
