@@ -122,9 +122,10 @@ class Arm:
 class Task:
     """The arms that may be compared with one another, and what full data reaches in the same time.
 
-    differing: the flags in which Tasks differ. kind: the measure, with these flags; a mean is over one kind.
-    full: the arm on full data with the most epochs, or None. epochs: its number, else the highest. baselines: an arm on
-    full data for each number of epochs, the most first. corners: those of the equal-time curve, by `envelope`.
+    differing: the flags in which Tasks differ. kind: the measure, with these flags; a mean over Tasks needs one kind.
+    full: the arm on full data with the most epochs, or None. epochs: its number of epochs, else the highest of any arm.
+    baselines: for each number of epochs on full data, the arm that is best on dev; the most epochs first. corners: of
+    the equal-time curve, by `envelope`.
     """
 
     def __init__(self, rows, differing):
@@ -190,7 +191,7 @@ def tasks(rows):
 
 
 def best_on_dev(arms):
-    """Return the arm that is best on dev, to 3 digits as some committed rows have 4, of those with the most seeds."""
+    """Return the arm that is best on dev, to 3 decimals, of those with the most seeds. Some committed rows have 4."""
     most = max(len(arm.rows) for arm in arms)
     return max((arm for arm in arms if len(arm.rows) == most), key=lambda arm: round(mean(arm.dev.values()), 3))
 

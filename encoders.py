@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 from data import pretrained
-from engine import first_position
+from engine import DTYPES, first_position
 from errors import UserError, expect, one_line
 
 
@@ -64,10 +64,10 @@ def padded_pair(split):
 def try_batch(model, batch, precision):
     """Run a copy of a model forward and backward on the batch of `padded_pair`.
 
-    Returns whether a change of the last token changes the first sample, and whether it leaves the second one, where it
-    is padding, as it was.
+    Returns two booleans: whether a change of the last token changes the first sample, and whether it leaves the second
+    one alone, whose last token is padding.
     """
-    trial = copy.deepcopy(model).train().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    trial = copy.deepcopy(model).train().to(DTYPES[precision])
     torch.cat([logits.flatten() for logits in trial(batch) if logits is not None]).sum().backward()
     other = batch.tokens.clone()
     other[:, -1] = (other[:, -1] == 0).long()  # any other token

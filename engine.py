@@ -15,6 +15,8 @@ from distributed import all_reduce_sum
 
 # ---- hardware
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def has_bf16(device):
     """Return whether the hardware computes in bf16 (a CPU: AVX512-BF16 or AMX). Emulated bf16 is slower than fp32."""
@@ -231,7 +233,7 @@ class FlatAdamW:
         self.weights, self.clip = list(model.parameters()), clip
         self.master = torch.cat([weight.detach().flatten().float() for weight in self.weights])
         self.master.grad = torch.zeros_like(self.master)
-        self.copy = self.master.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])  # itself in fp32
+        self.copy = self.master.to(DTYPES[precision])  # itself in fp32
         self.adam = torch.optim.AdamW([self.master], weight_decay=0.0, fused=True)
         self.gradients = dict(zip(self.weights, self.views(self.master.grad)))
         for weight, view in zip(self.weights, self.views(self.copy)):

@@ -28,7 +28,7 @@ def one_line(error):
 
 
 def leave(status):
-    """End the program. Where standard output is closed or full, `main` has said so, and Python would say it again."""
+    """Exit. Close standard output first: where it is full or closed, `main` has said so, and Python would repeat it."""
     with suppress(OSError):
         sys.stdout.close()
     sys.exit(status)

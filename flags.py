@@ -21,7 +21,7 @@ USES = {
     **dict.fromkeys(("forgetting", "grand"), RANKED),
     "infobatch": {"keep", "full_epochs", "cycle", "full_end"},
 }
-PRUNING = {flag for flags in USES.values() for flag in flags}
+PRUNING = set().union(*USES.values())
 
 
 def defaults(args, given, classifies):
@@ -34,7 +34,7 @@ def defaults(args, given, classifies):
     static, sample = given.get("selection") == "static", given.get("sample", False)
     flags = {"keep": 0.5, "full_epochs": 2, "cycle": 2, "full_end": 0, "selection": "dynamic", "rescore": "all",
              "ema": 0.8, "std_weight": 1.0, "offset": 0.0, "sample": False, "stratify": False}  # fmt: skip
-    if classifies or sample or static or args.method == "forgetting":  # the last three: an average favours old scores
+    if classifies or static or sample or args.method == "forgetting":  # the last two: an average favours old scores
         flags["ema"] = 1.0
     if given.get("ema", flags["ema"]) == 1:
         flags["std_weight"] = 0.0
@@ -64,6 +64,8 @@ def device(name):
     """Return the name of a device that works here, for argparse. auto is cuda where there is one, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and os.environ.get("WORLD_SIZE", "1") != "1":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # else every process would open the first GPU
     try:
         torch.empty(0, device=name).cpu()  # "meta" has no values to bring back
     except Exception as error:  # RuntimeError, AssertionError and others, by backend
@@ -162,16 +164,16 @@ def parse(argv, description):
     static = args.selection == "static"
     pruned = args.epochs - args.full_end - args.full_epochs * (not static)
     once = static or pruned <= args.cycle
-    without_effect = [
-        *((flag, f"--method {args.method}") for flag in sorted(given.keys() - USES[args.method])),
-        *((flag, "a single selection") for flag in ("ema", "std_weight") if once),
-        *((flag, "--selection static") for flag in ["cycle"] if static),
-        *((flag, "a single random selection") for flag in ["full_epochs"] if static and args.method == "random"),
-        *((flag, "--sample") for flag in ("offset", "stratify") if args.sample),
-        *((flag, "--ema 1 (by default or given), which averages nothing") for flag in ["std_weight"] if args.ema == 1),
+    without_effect = [  # where this holds, these flags have no effect with that
+        (True, PRUNING - USES[args.method], f"--method {args.method}"),
+        (once, {"ema", "std_weight"}, "a single selection"),
+        (static, {"cycle"}, "--selection static"),
+        (static and args.method == "random", {"full_epochs"}, "a single random selection"),
+        (args.sample, {"offset", "stratify"}, "--sample"),
+        (args.ema == 1, {"std_weight"}, "--ema 1 (by default or given), which averages nothing"),
     ]
-    for flag, other in without_effect:
-        if flag in given:
+    for holds, flags, other in without_effect:
+        for flag in sorted(flags & given.keys()) if holds else ():
             p.error(f"--{flag.replace('_', '-')} has no effect with {other}; leave it out")
     if args.method != "full" and pruned < 1:
         p.error(f"--full-epochs {args.full_epochs} and --full-end {args.full_end} leave none of {args.epochs} epochs "

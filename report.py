@@ -23,9 +23,9 @@ from errors import Parser, UserError, expect, leave
 
 READING = """\
 A line is one method with one setting, and n counts its seeds. The metric and the seconds are means ± standard
-deviations over seeds. Time is the mean of training, scoring and selection, in the run's own full epochs. One full epoch
-is the time for all its tokens at the run's mean training speed. Where several learning rates ran with the most seeds,
-dev chooses among these.
+deviations over seeds. Time is training, scoring and selection, in percent of the longest run on full data. Each run
+measures it in its own full epochs. One full epoch is the time for all tokens at the run's mean training speed. Where
+full data ran with several learning rates, the curve takes the best on dev, among these with the most seeds.
 
 Differences are in points and paired by seed. From 3 seeds on, they have 95 % intervals over seeds. With 3 seeds, the
 width of an interval is itself uncertain. A test set is a sample, too, and no interval includes this. About one of 20
@@ -129,8 +129,8 @@ def headline(found, arms):
     caption += [f"{', '.join(names)}: {measure}." for measure, names in titles.items()]
     if differences:
         over = f", mean over {'; '.join(task.title for task in first)}" if len(first) > 1 else ""
-        caption.append(f"To full data: points above full data for the most epochs{over}. To equal time: the same for "
-                       "fewer epochs in the same time.")  # fmt: skip
+        caption.append(f"To full data: points above the longest run on full data{over}. To equal time: points above "
+                       "full data trained for the same time.")  # fmt: skip
     return [table, " ".join([*caption, LEGEND])]
 
 
@@ -164,8 +164,8 @@ def full_page(found, arms, wide):
         gains = [task.to_equal_time(arm) for arm in task.arms]
         if spreads := [deviation(values) for values in gains if len(values) > 2]:
             seeds = 16 * median(spreads) ** 2 + 2  # where 2 * deviation / sqrt(n - 2) is 0.5
-            text += f" Between seeds, the gain to equal time has a standard deviation of {median(spreads):.1f} points."
-            text += f" An interval of ±0.5 points takes about {seeds:.0f} seeds."
+            text += f" The gain to equal time has a standard deviation of {median(spreads):.1f} points between "
+            text += f"seeds (the median over the lines). An interval of ±0.5 points takes about {seeds:.0f} seeds."
         blocks += [f"## {task.title}", text, full_table(task, letters, wide)]
     return [*blocks, "## Machines", [["letter", "machine"], *([letter, name] for name, letter in letters.items())]]
 
@@ -236,8 +236,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         single = [path for path in args.paths if Path(path, "config.json").is_file()]
-        alone = not single or len(args.paths) == 1
-        expect(alone, " ".join(single), "the folder of one run; name it alone, or name the folder above it")
+        expect(not single or len(args.paths) == 1, " ".join(single), "one run's folder; name it alone, or its parent")
         if args.to:
             args.to.mkdir(parents=True, exist_ok=True)
         if single:

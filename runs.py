@@ -15,6 +15,7 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 import filelock
 import numpy as np
@@ -95,7 +96,8 @@ class Run:
             self.log, self.steps = state["log"], state["steps"]
             self.clock.seconds.update(state["seconds"])  # a Counter adds
             print(f"resumes after epoch {len(self.log)} of {epochs}", flush=True)
-            if changed := [name for name, value in self.environment.items() if value != state["environment"].get(name)]:
+            changed = [name for name, value in self.environment.items() if value != state["environment"].get(name)]
+            if changed and rank() == 0:
                 print(f"warning: the environment has changed ({', '.join(changed)}); the result may differ from an "
                       "uninterrupted run", file=sys.stderr)
         elif self.args.resume:
@@ -215,7 +217,8 @@ def written(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}; make room on the disk") from None
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: {reason}; make room on the disk, or make its folder writable") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -278,9 +281,10 @@ def summary(row, run):
     if row["selections"] and args.selection != "static" and end < before:
         lines.append(f"lost   dev {metric} was {before:.2f} before pruning and is {end:.2f} now; keep more, or "
                      "train on full data")
-    lines.append(f"left   {folder}/ with result, log, scores and masks; python report.py {args.out} compares runs")
+    files = "result, log, scores and masks" if row["selections"] else "result and log"
+    lines.append(f"left   {folder}/ with {files}; python report.py {quote(args.out)} compares runs")
     if row["selections"] and args.method != "random":
-        lines.append(f"look   python report.py {folder} shows likely label errors")
+        lines.append(f"look   python report.py {quote(str(folder))} shows likely label errors")
     if not args.no_model:
         text = ("…", "…") if run.data.pairs else "…"
         path = str(folder / "model")

@@ -32,7 +32,7 @@ from scoring import Scorer
 
 
 def train(model, optimizer, data, plan, args, run, state=None):
-    """Fine-tune `model` in place. plan: of `make_plan`. state: a checkpoint's, to go on from, or None."""
+    """Fine-tune `model` in place. plan: from `make_plan`. state: from a checkpoint, or None."""
     clock, n, lengths = run.clock, len(data.train), data.train.lengths
     everything, ones = np.arange(n), torch.ones(n, device=args.device)
     scorer, smooth = Scorer(data.train, args.method, args.rescore), Smoother(args.ema or 1, args.std_weight or 0)
@@ -137,7 +137,7 @@ def fine_tune(args, clock, start):
     with clock("load"):
         run = Run(args, clock)
         if run.finished:
-            print(f"{run.folder}/ is finished; remove it to train again, also where the data has changed", flush=True)
+            print(f"{run.folder}/ is finished, with the data of that time; remove it to train again", flush=True)
             return
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train, args.tune)
@@ -163,7 +163,7 @@ def check_sizes(args, n):
     """Raise UserError where a batch or a selection of n train samples would be too small."""
     size, least = kept_size(n, args.keep or 1), 2 * world_size()
     expect(least == 2 or min(args.batch_size, n) >= least, f"--batch-size {args.batch_size}",
-           f"{world_size()} processes need at least {least}, and as many samples")  # fmt: skip
+           f"{world_size()} processes need at least {least} samples in a batch and in train")  # fmt: skip
     expect(size >= args.batch_size or args.method in ("full", "infobatch"), f"--keep {args.keep}", f"keeps {size} of "
            f"{n} samples, less than one batch of {args.batch_size}; raise --keep or lower --batch-size")
 

@@ -54,7 +54,7 @@ FILES = download.read_sources()
 
 @dataclass
 class Dataset:
-    """Encoded splits, and the names behind the ids of labels and tags. All names are of train."""
+    """Encoded splits, and the names behind the ids of labels and tags. All names occur in train."""
 
     name: str
     train: Split

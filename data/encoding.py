@@ -151,7 +151,7 @@ def sorted_batches(split, tokens=None):
 
 
 def encode(samples, tokenizer, max_length, label_ids, tag_ids):
-    """Tokenise samples into a Split. Raises UserError where words would differ from text.
+    """Tokenise samples into a Split. UserError where the tokenizer splits single words unlike running text.
 
     max_length: tokens a sample, special ones included. label_ids, tag_ids: {name: id}. The first sub-token of a word
     carries its tag. A word that the tokenizer would drop becomes its unknown token, so only `max_length` loses words.

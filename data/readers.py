@@ -319,7 +319,7 @@ def refuse_swallowed_rows(rows, labels):
     columns = list(rows[0][1])
     before = "\n" if columns[0] == "label" else ","
     after = "\n" if columns[-1] == "label" else ","
-    row_part = re.compile(f"{before} *({'|'.join(map(re.escape, labels))}) *{after}")
+    row_part = re.compile(f"{before}({'|'.join(map(re.escape, labels))}) *{after}(?! )")  # prose has blanks at commas
     for where, row in rows:
         swallowed = any("\n" in cell and row_part.search(cell) for cell in row.values())
         expect(not swallowed, where, "a cell of several lines seems to hold other rows; remove the quote that opens "

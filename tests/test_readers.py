@@ -73,6 +73,8 @@ OWN = {  # a user's folders of every kind, and the texts of their two train samp
     "csv": ({"train.csv": 'label,text,,\nx, "a, ""b""",,\ny,c,,\n'}, ['a, "b"', "c"]),  # empty columns
     "csv lines": ({"train.csv": 'text,label\r\n"a, z\r\n\r\nb",x\r\n"c\r\n",y\r\n'}, ["a, z b", "c "]),
     "csv list": ({"train.csv": 'text,label\n"x, y, z\n",x\nc,y\n'}, ["x, y, z ", "c"]),
+    "csv list of two": ({"train.csv": 'text,label\n"x, z, y\n",x\nc,y\n'}, ["x, z, y ", "c"]),
+    "csv answer": ({"train.csv": 'label,text\nx,"is it?\nx, it is"\ny,b\n'}, ["is it? x, it is", "b"]),
     "tsv pairs": ({"train.tsv": "id\ttext_b\tlabel\ttext_a\n1\tb\tx\ta\n2\t\ty\tc\n"}, [("a", "b"), ("c", "")]),
     "jsonl": ({"train.jsonl": '{"text": "a\\u2028b", "label": "x", "n": null}\n{"label": "y", "text": "c"}'},
               ["a\u2028b", "c"]),
