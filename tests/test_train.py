@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import shutil
 import time
 from itertools import pairwise
@@ -32,7 +33,7 @@ from pruning import Smoother, highest
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_leaves_what_the_readme_says(run, capsys, precision):
     """Its counts, its selections and its last lines are right. Its model is in fp32. Its row carries no path."""
-    folder = run("--keep", 0.3, "--cycle", 2, "--precision", precision)
+    folder = run("--keep", 0.3, "--cycle", 2, "--precision", precision, out="my runs")
     row, rounds, smooth = row_of(folder), rounds_of(folder), Smoother(0.8, 1.0)
     names = {"config.json", "epochs.jsonl", "model", "result.json", "rounds"}
     assert {path.name for path in folder.iterdir()} - {".lock"} == names
@@ -48,6 +49,7 @@ def test_a_run_leaves_what_the_readme_says(run, capsys, precision):
     assert {weight.dtype for weight in load_file(folder / "model" / "model.safetensors").values()} == {torch.float32}
     said, seconds = capsys.readouterr().out, row["seconds"]
     exec(re.search(r"from models import NLUModel; .*", said)[0])
+    assert shlex.split(re.search(r"look   (.*) shows", said)[1]) == ["python", "report.py", str(folder)]
     seen = row["tokens_seen"] / row["tokens_full"]  # so all tokens, at the same speed, take seconds["train"] / seen
     share = seconds["total"] / (seconds["train"] / seen)
     assert f"{121 / 256:.1%} of the samples, {seen:.1%} of the tokens" in said and f"saved  {1 - share:.1%} of" in said
