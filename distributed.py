@@ -53,7 +53,7 @@ def process_group(args):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             args.device = "cuda"  # the device that was just set
         distributed.init_process_group("nccl" if on_gpu else "gloo")
-    except (ValueError, KeyError, RuntimeError) as error:  # a variable is missing, or there are too few GPUs
+    except (ValueError, KeyError, RuntimeError) as error:  # for example, a variable is missing
         raise UserError(f"WORLD_SIZE={world}: the other processes cannot be reached ({one_line(error)}); start several "
                         "processes with torchrun, one for each GPU or with --device cpu; or unset WORLD_SIZE") from None
     if rank() == 0:

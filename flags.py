@@ -69,7 +69,8 @@ def device(name):
     try:
         torch.empty(0, device=name).cpu()  # "meta" has no values to bring back
     except Exception as error:  # RuntimeError, AssertionError and others, by backend
-        raise argparse.ArgumentTypeError(f"{name} is not available here ({one_line(error)}); try cpu") from None
+        message = f"{name} is not available here ({one_line(error)}); try cpu, or start one process for each GPU"
+        raise argparse.ArgumentTypeError(message) from None
     return name
 
 

@@ -137,7 +137,7 @@ def fine_tune(args, clock, start):
     with clock("load"):
         run = Run(args, clock)
         if run.finished:
-            print(f"{run.folder}/ is finished, with the data of that time; remove it to train again", flush=True)
+            print(f"{run.folder}/ is finished; remove it to train again, for example on changed data", flush=True)
             return
         tokenizer = load_tokenizer(args.model)
         data = load(args.dataset, tokenizer, args.data_dir, args.max_length, args.max_train, args.tune)

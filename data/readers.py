@@ -310,16 +310,18 @@ def read_file(path):
     expect(not pairs or "text" not in first, where, "columns text and text_a or text_b; remove one kind")
     samples = labelled(rows, ("text_a", "text_b") if pairs else ("text",))
     if path.suffix == ".csv":
-        refuse_swallowed_rows(rows, {sample.label for sample in samples})
+        refuse_swallowed_rows(path, rows, {sample.label for sample in samples})
     return samples
 
 
-def refuse_swallowed_rows(rows, labels):
+def refuse_swallowed_rows(path, rows, labels):
     """Refuse a cell of several lines in which a label stands as in a row of its own: a stray quote opened the cell."""
     columns = list(rows[0][1])
     before = "\n" if columns[0] == "label" else ","
     after = "\n" if columns[-1] == "label" else ","
-    row_part = re.compile(f"{before}({'|'.join(map(re.escape, labels))}) *{after}(?! )")  # prose has blanks at commas
+    # Prose has blanks at commas. Rows have them where the header has some.
+    blank, no_prose = (" *", "") if ", " in read_lines(path)[0] else ("", "(?! )")
+    row_part = re.compile(f"{before}{blank}({'|'.join(map(re.escape, labels))}) *{after}{no_prose}")
     for where, row in rows:
         swallowed = any("\n" in cell and row_part.search(cell) for cell in row.values())
         expect(not swallowed, where, "a cell of several lines seems to hold other rows; remove the quote that opens "
