@@ -8,13 +8,15 @@ import numpy as np
 def figure(tasks, arms, path):
     """Draw accuracy against time: a panel for each of the first 8 Tasks, a line for each method of the headline.
 
-    arms: {(keep, method): {Task: arm}}. A method's line goes through its keep fractions. The equal-time curve of full
-    data is black. Writes path.svg and path.png. ImportError without matplotlib.
+    arms: {(keep, method): {Task: arm}}. A Task with one point has no panel, unless it is the only one. A method's line
+    goes through its keep fractions. The equal-time curve of full data is black. Writes path.svg and path.png.
+    ImportError without matplotlib.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    tasks = [task for task in tasks if task.full][:8]
+    full = [task for task in tasks if task.full]
+    tasks = [task for task in full if sum(task in by_task for by_task in arms.values()) > 1][:8] or full[:1]
     methods = sorted({name for (_, name), by_task in arms.items() if not any(arm.full for arm in by_task.values())})
     styles = {name: (f"C{i}", "osD^vPX*<>"[i % 10]) for i, name in enumerate(methods)}
     columns = min(3, len(tasks))
