@@ -10,6 +10,11 @@ from torch import distributed
 from errors import UserError, one_line
 
 
+def several():
+    """Return whether torchrun started several processes, also before they have met."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def rank():
     """Return the number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
@@ -43,11 +48,10 @@ def broadcast(value):
 @contextmanager
 def process_group(args):
     """Join the processes that torchrun started. All but the first write to a scratch folder and print only errors."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":
+    if not several():
         yield
         return
-    on_gpu = torch.device(args.device).type == "cuda"
+    world, on_gpu = os.environ["WORLD_SIZE"], torch.device(args.device).type == "cuda"
     try:
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -68,5 +72,4 @@ def process_group(args):
 
 def lost_process(error):
     """Return whether an exception means that another process of this run has ended."""
-    lost = os.environ.get("WORLD_SIZE", "1") != "1" and "onnection" in str(error)
-    return lost or isinstance(error, distributed.DistError)
+    return (several() and "onnection" in str(error)) or isinstance(error, distributed.DistError)

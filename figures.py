@@ -8,7 +8,7 @@ import numpy as np
 def figure(tasks, arms, path):
     """Draw accuracy against time: a panel for each of the first 8 Tasks, a line for each method of the headline.
 
-    arms: {(keep, method): {Task: arm}}. A Task with one point has no panel, unless it is the only one. A method's line
+    arms: {(keep, method): {Task: arm}}. A Task with one point has no panel, unless none has more. A method's line
     goes through its keep fractions. The equal-time curve of full data is black. Writes path.svg and path.png.
     ImportError without matplotlib.
     """

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data import DATASETS, DEFAULT_MODEL, default_folder, find
+from distributed import several
 from engine import has_bf16
 from errors import Parser, one_line
 from scoring import METHODS, SCORES
@@ -64,13 +65,13 @@ def device(name):
     """Return the name of a device that works here, for argparse. auto is cuda where there is one, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and os.environ.get("WORLD_SIZE", "1") != "1":
+    if name == "cuda" and several():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # else every process would open the first GPU
     try:
         torch.empty(0, device=name).cpu()  # "meta" has no values to bring back
     except Exception as error:  # RuntimeError, AssertionError and others, by backend
-        message = f"{name} is not available here ({one_line(error)}); try cpu, or start one process for each GPU"
-        raise argparse.ArgumentTypeError(message) from None
+        advice = "start one process for each GPU, or try cpu" if several() else "try cpu"
+        raise argparse.ArgumentTypeError(f"{name} is not available here ({one_line(error)}); {advice}") from None
     return name
 
 

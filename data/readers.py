@@ -317,11 +317,11 @@ def read_file(path):
 def refuse_swallowed_rows(path, rows, labels):
     """Refuse a cell of several lines in which a label stands as in a row of its own: a stray quote opened the cell."""
     columns = list(rows[0][1])
-    before = "\n" if columns[0] == "label" else ","
-    after = "\n" if columns[-1] == "label" else ","
-    # Prose has blanks at commas. Rows have them where the header has some.
-    blank, no_prose = (" *", "") if ", " in read_lines(path)[0] else ("", "(?! )")
-    row_part = re.compile(f"{before}{blank}({'|'.join(map(re.escape, labels))}) *{after}{no_prose}")
+    # Prose has blanks at commas. Rows may have them, too, where they stand in a line without quotes.
+    spaced = any(", " in line and '"' not in line for line in read_lines(path))
+    before = "\n *" if columns[0] == "label" else ", *" if spaced else ","
+    after = "\n" if columns[-1] == "label" else "," if spaced else ",(?! )"
+    row_part = re.compile(f"{before}({'|'.join(map(re.escape, labels))}) *{after}")
     for where, row in rows:
         swallowed = any("\n" in cell and row_part.search(cell) for cell in row.values())
         expect(not swallowed, where, "a cell of several lines seems to hold other rows; remove the quote that opens "

@@ -94,6 +94,7 @@ def test_encoding_agrees_with_a_slow_twin(tokenizer, max_length):
         assert batch.mask[i].tolist() == [True] * len(ids) + [False] * padded
         assert batch.labels[i] == label_ids.get(label, len(label_ids))
     assert split.truncated == truncated and bool(truncated) == (max_length == 6)
+    assert split.tokens.element_size() == 4  # some vocabularies have more than 2¹⁵ tokens
     assert batch.tokens[0, 1] == batch.tokens[0, 3] == tokenizer.unk_token_id
 
 

@@ -86,7 +86,7 @@ def test_fast_bert_forward_is_transformers(kind, config, demo_data):
         torch.nn.init.normal_(parameter, std=0.3)
     assert engine.encoder_forward(encoder) is engine.fast_bert_forward
     order = np.argsort(demo_data.train.lengths)
-    for indices in (order[:1], order[-4:], order[[0, 5, -1]]):
+    for indices in (order[:1], order[-4:], order[[0, 5, -1]], order[[0, 99]]):
         batch = demo_data.train.batch(indices)
         if kind is BertModel:
             batch = batch._replace(types=torch.randint(2, batch.tokens.shape))

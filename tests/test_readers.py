@@ -111,6 +111,9 @@ def test_own_data_of_every_kind(tmp_path, files, texts):
     ({"train.csv": 'text,label\na,x\n"b,y\nc,x\nd",x\ne,x\n'}, "train.csv:3: "),  # closed by a second stray one
     ({"train.csv": 'text, label\na, x\n"b, y\nc, x\nd", x\ne, y\n'}, "train.csv:3: "),  # with blanks at the commas
     ({"train.csv": 'label, text\nx, a\ny, "b\nx, c\ny, d"\nx, e\n'}, "train.csv:3: "),
+    ({"train.csv": 'text,label\na, x\n"b, y\nc, x\nd", x\ne, y\n'}, "train.csv:3: "),  # but not in the header
+    ({"train.csv": 'label,text\nx,a\ny,"b\n x,c\ny,d"\nx,e\n'}, "train.csv:3: "),
+    ({"train.csv": 'text,label\na,x\n"b,y\n c,x\nd",x\ne,x\n'}, "train.csv:3: "),
     ({"train.csv": 'label,text\nx,"a\ny,b\nx,c"\n'}, "train.csv:2: "),
     ({"train.csv": 'text,label\n"a\nb",x\n"c\nd"\n'}, "train.csv:4: 1 columns"),
     ({"train.jsonl": '{"text": "a", "label": "x"}\n{"text": 5, "label": "x"}\n'}, "train.jsonl:2: text"),

@@ -68,7 +68,7 @@ def test_the_phases_add_up_to_the_wall_time(run):
     folder = run("--no-model", "--epochs", 8)
     wall, seconds = time.perf_counter() - begun, row_of(folder)["seconds"]
     total = seconds.pop("total")
-    assert 0.8 * wall < sum(seconds.values()) <= 1.001 * wall
+    assert 0.9 * wall < sum(seconds.values()) <= 1.001 * wall
     assert total == pytest.approx(seconds["train"] + seconds["score"] + seconds["select"], abs=0.01)
 
 
